@@ -22,7 +22,7 @@ from atoll.federated.devices import Devices
 from atoll.federated.ledger import Row
 from atoll.federated.method import Broadcast, CodecContext, DeviceProfile, MergeContext, Method, Reply, SiteInfo
 from atoll.federated.select.uniform import available
-from atoll.federated.visit import Job, Outcome, Setup, decode_chain, encode_chain
+from atoll.federated.visit import Job, Outcome, Publication, Setup, decode_chain, encode_chain
 
 DEFAULT_REPLY_LIMIT = 4 << 30
 
@@ -107,22 +107,25 @@ class Engine:
         s.site_replica = share.receive(s.site_replica, self.common) if self.method.downlink else s.replica
         if share.incremental:
             self._remember(self.down_bytes)
-        self.workers.publish(s.site_replica, self.common)
+        self._hand_over()
 
     def _publish(self) -> None:
         """After a resume: the same hand-over, without moving the replicas again."""
         self._encode()
-        self.workers.publish(self.state.site_replica, self.common)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        self.workers.publish(Publication(self.state.sent, self.state.site_replica, self.encoded))
 
     def _encode(self) -> None:
         """What the current broadcast is on arrival, and its size."""
         s, codecs = self.state, self.method.downlink
-        self.common = s.broadcast.common
-        self.down_bytes = encoded_size(self.common)
+        self.common = self.encoded = s.broadcast.common
         if codecs:
             context = CodecContext(self.setup.seed, s.sent, -1)
-            encoded, _ = encode_chain(codecs, self.common, [{} for _ in codecs], context)
-            self.down_bytes, self.common = encoded_size(encoded), decode_chain(codecs, encoded)
+            self.encoded, _ = encode_chain(codecs, self.common, [{} for _ in codecs], context)
+            self.common = decode_chain(codecs, self.encoded)
+        self.down_bytes = encoded_size(self.encoded)
 
     def _remember(self, size: int) -> None:
         """Keep the sizes of broadcasts that a late site would need, as long as replaying them is the cheaper way."""
@@ -133,16 +136,19 @@ class Engine:
             s.history.pop(0)
         self.snapshot_bytes = whole
 
-    def download(self, site: int) -> int:
-        """Exact bytes that a site must receive to be at the current broadcast."""
+    def download(self, site: int) -> tuple[int, tuple[int, ...] | None]:
+        """Exact bytes that a site must receive to be at the current broadcast, and which broadcasts these are (None:
+        a snapshot)."""
         s = self.state
         own = s.broadcast.per_site.get(site)
         extra = encoded_size(own) if own is not None else 0
         if not self.method.share.incremental:
-            return self.down_bytes if own is None else extra
-        missing = [b for r, b in s.history if r > s.seen.get(site, -1)]
-        complete = bool(s.history) and (s.history[0][0] <= s.seen.get(site, -1) + 1)
-        return extra + (sum(missing) if complete else encoded_size(self.method.share.snapshot(s.site_replica)))
+            return (self.down_bytes, (s.sent,)) if own is None else (extra, ())
+        seen = s.seen.get(site, -1)
+        if s.history and s.history[0][0] <= seen + 1:
+            missing = [(r, b) for r, b in s.history if r > seen and b]
+            return extra + sum(b for _, b in missing), tuple(r for r, _ in missing)
+        return extra + encoded_size(self.method.share.snapshot(s.site_replica)), None
 
     def step(self) -> Row:
         """One merge: collect replies, combine, let the server act, broadcast."""
@@ -230,13 +236,13 @@ class Engine:
             repeat = repeat + 1 if last_round == s.round else 0
             s.visits[site] = (s.round, repeat)
             s.starts += 1
-            down = self.download(site)
+            down, missing = self.download(site)
             s.seen[site] = s.round
             self.row.down(site, down)
             flight = Flight(site, s.round, repeat, s.now, self._bound(site, down), down)
             s.flights[site] = flight
             own = s.broadcast.per_site.get(site)
-            jobs.append((flight, Job(site, s.round, repeat, len(sites), own, s.tags.get(site))))
+            jobs.append((flight, Job(site, s.round, repeat, len(sites), own, s.tags.get(site), missing)))
         tickets = self.workers.submit([job for _, job in jobs])
         for (flight, _), ticket in zip(jobs, tickets, strict=True):
             flight.ticket = ticket
@@ -375,9 +381,9 @@ class Engine:
         worker = self.workers.local
         if worker.site_model(None).split.private or not len(self.setup.federation.test):
             return {}
-        worker.publish(self.state.replica, self.state.broadcast.common)
+        worker.publish(self.state.replica)
         out: dict[str, float] = worker.evaluate(None, None)
-        worker.publish(self.state.site_replica, self.common)
+        worker.publish(self.state.site_replica)
         return out
 
     def evaluate_sites(self, part: str = "test") -> dict[int, dict[str, float]]:

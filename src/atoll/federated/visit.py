@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.core.allocator import keep_freed_memory
-from atoll.core.errors import AtollError
+from atoll.core.errors import AtollError, SiteFailed
 from atoll.core.message import Message, encoded_size
 from atoll.core.streams import key, stream
 from atoll.core.tree import Parts, Tree, clone, copy_, moved, named_tensors, pick
@@ -99,7 +99,7 @@ class Visit:
 
     Attributes:
         replica: what the site knows from broadcasts, e.g. ``replica["weights"]``. Read only.
-        message: the latest broadcast to this site, decoded (per-site content included).
+        message: content for this site alone, decoded, or None.
         state: what the same work returned at this site's previous visit; empty at the first.
         dry: take no steps; reply with the true shapes (used to plan bytes).
     """
@@ -110,7 +110,7 @@ class Visit:
     at: SiteModel
     data: SiteData
     replica: Parts
-    message: Message
+    message: Message | None
     state: Parts
     seed: int
     device: str = "cpu"
@@ -164,8 +164,30 @@ class Visit:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """A broadcast, as the server, the wire and the sites see it.
+
+    Attributes:
+        round: names it.
+        replica: what a site holds that has received it and, for an incremental share, all before it.
+        encoded: the message as it travels.
+    """
+
+    round: int
+    replica: Parts
+    encoded: Message
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One visit to be done. ``state_tag`` names the site's committed state."""
+    """One visit to be done.
+
+    Attributes:
+        message: content for this site alone.
+        state_tag: names the site's committed state.
+        missing: the broadcasts that the site has not received, oldest first; None when a snapshot of the replica is
+            the cheaper way (or the only one) to bring it up to date.
+    """
 
     site: int
     round: int
@@ -173,6 +195,7 @@ class Job:
     cohort: int = 1
     message: Message | None = None
     state_tag: str | None = None
+    missing: tuple[int, ...] | None = None
     dry: bool = False
 
 
@@ -214,12 +237,11 @@ class Worker:
         self.setup, self.states = setup, states
         self._models: dict[object, SiteModel] = {}
         self.replica: Parts = {}
-        self.message = Message("none")
         keep_freed_memory()
 
-    def publish(self, replica: Parts, message: Message) -> None:
-        """Set what every site has received by now."""
-        self.replica, self.message = replica, message
+    def publish(self, replica: Parts) -> None:
+        """Set what every site holds by now."""
+        self.replica = replica
 
     def site_model(self, site: int | None, slot: int = 0) -> SiteModel:
         """The shared instance for a site's architecture (None: the server's); one per slot in a group."""
@@ -238,11 +260,13 @@ class Worker:
             )
         return at
 
-    def place(self, site: int | None, state_tag: str | None, slot: int = 0) -> tuple[SiteModel, Message | None]:
+    def place(
+        self, site: int | None, state_tag: str | None, slot: int = 0, replica: Parts | None = None
+    ) -> tuple[SiteModel, Message | None]:
         """Install the replica and the site's private tensors; returns the site's stored state too."""
         at = self.site_model(site, slot)
         copy_(at.tensors, at.initial)
-        self.setup.method.share.install(at, self.replica)
+        self.setup.method.share.install(at, self.replica if replica is None else replica)
         state = self.states.get(site, state_tag) if site is not None and state_tag else None
         if state is not None:
             copy_(at.tensors, state.parts.get("private", {}))
@@ -288,12 +312,14 @@ class Worker:
 
     def _enter(self, job: Job, slot: int = 0) -> tuple[Visit, Parts]:
         """The visit, ready to work, and all that the site has kept."""
-        s = self.setup
-        at, stored = self.place(job.site, job.state_tag, slot)
+        s, share, replica = self.setup, self.setup.method.share, self.replica
+        if job.message is not None and not share.incremental:
+            replica = share.receive({}, job.message)  # it came instead of the common broadcast
+        at, stored = self.place(job.site, job.state_tag, slot, replica)
         parts = moved(stored.parts, s.device) if stored is not None else {}
         visit = Visit(
             site=s.info(job.site), round=job.round, task=s.task, at=at, data=s.federation.sites[job.site],
-            replica=self.replica, message=job.message or self.message, state=_under(parts, "local."),
+            replica=replica, message=job.message, state=_under(parts, "local."),
             seed=s.seed, device=s.device, repeat=job.repeat, dry=job.dry,
         )  # fmt: skip
         _seed_everything(key(s.seed, "global", job.round, job.site, job.repeat), s.device)
@@ -341,6 +367,10 @@ class Worker:
             rows = own if len(own) else next((s.train for s in sites if len(s.train)), own)
             at.flops = flops_per_example(self.setup.task, at.model, rows, self.setup.device)
         return at.flops
+
+    def answer(self, site: int, request: Message) -> Message:
+        """Answer a question that is not a visit; raises :class:`AtollError` for one that no site answers."""
+        raise SiteFailed(f"a site does not answer `{request.kind}`")
 
     def evaluate(self, site: int | None, state_tag: str | None, part: str = "test") -> dict[str, float]:
         """Metrics of a site's model on its own rows (``part="common"``: on the common test set), or, without a

@@ -24,7 +24,7 @@ from atoll.federated.method import DeviceProfile, LocalWork, Method
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.scaffold import scaffold
 from atoll.federated.select.uniform import Uniform
-from atoll.federated.visit import Job, Result, Setup
+from atoll.federated.visit import Job, Publication, Result, Setup
 from atoll.tasks.classification import Classification
 
 
@@ -196,19 +196,19 @@ def replica_of(pool, extra: int = 0):
 def test_publications_of_changing_size_lie_in_one_block(pool):
     for extra in (1, 5_000, 10, 20_000, 3, 40_000):
         parts = replica_of(pool, extra)
-        pool.publish(parts, Message("weights", parts))
+        pool.publish(Publication(0, parts, Message("weights", parts)))
     assert len(list(pool._folder.glob("replica*"))) == 1
 
 
 def test_a_worker_that_lags_behind_never_reads_a_publication_that_is_being_replaced(pool):
     parts = replica_of(pool, 5_000)
-    pool.publish(parts, Message("weights", parts))
+    pool.publish(Publication(0, parts, Message("weights", parts)))
     pool.result(pool.submit([Job(0, 0)])[0])
     worker = pool._processes[0].process.pid
     os.kill(worker, signal.SIGSTOP)
-    pool.publish(parts, Message("weights", parts))
+    pool.publish(Publication(0, parts, Message("weights", parts)))
     parts = replica_of(pool, 10)
-    pool.publish(parts, Message("weights", parts))
+    pool.publish(Publication(0, parts, Message("weights", parts)))
     os.kill(worker, signal.SIGCONT)
     assert pool.result(pool.submit([Job(0, 1)])[0]).error == ""
 

@@ -172,7 +172,7 @@ def test_rows_that_nobody_kept_have_no_influence(run, mixed, digits_federation) 
             "ids": torch.tensor(ids, dtype=torch.int32),
             "logits": 9 * torch.eye(10)[torch.tensor(ids) % 10],
         }
-        worker.publish({**state.replica, "targets": told}, Message("targets"))
+        worker.publish({**state.replica, "targets": told})
         return worker.run(Job(0, 1, state_tag=state.tags[0])).message.parts["predictions"]["logits"]
 
     seen: list[torch.Tensor] = []
@@ -212,7 +212,7 @@ def test_a_dry_visit_is_an_upper_bound(run, mixed) -> None:  # type: ignore[no-u
     assert dry.metrics["kept"] == 1.0
     assert dry.flops >= real.flops > 0
     worker = engine.workers.local
-    worker.publish({}, Message("setup"))
+    worker.publish({})
     assert encoded_size(worker.run(Job(0, 0, dry=True)).message) == encoded_size(worker.run(Job(0, 0)).message)
 
 

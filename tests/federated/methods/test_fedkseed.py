@@ -309,7 +309,7 @@ def test_pro_draws_by_the_broadcast_odds(digits_task, digits_federation):
     made = fedkseed(pool=8, steps=400, eps=1e-3, batch_size=1, pro=True)
     worker = worker_of(made, digits_task, digits_federation)
     odds = torch.tensor([0.0, 0.5, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0])
-    worker.publish({**worker.replica, "scalars": {**worker.replica["scalars"], "probability": odds}}, worker.message)
+    worker.publish({**worker.replica, "scalars": {**worker.replica["scalars"], "probability": odds}})
     seeds = worker.run(Job(0, 0)).message.parts["steps"]["seeds"]
     assert set(seeds.tolist()) == {1, 2, 3}
     assert 150 < int((seeds == 1).sum()) < 250

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from atoll.core.errors import AtollError
 from atoll.core.message import Message
-from atoll.core.tree import Parts
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates, MemoryStates
-from atoll.federated.visit import Job, Outcome, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,16 @@ class Inline(Backend):
         return InlineWorkers(setup)
 
 
+def answer(worker: Worker, site: int, request: Message) -> Message | str:
+    """A site's answer; what goes wrong at the site is an answer too."""
+    try:
+        return worker.answer(site, request)
+    except Exception as e:
+        return str(e) if isinstance(e, AtollError) else f"{type(e).__name__}: {e}"
+
+
 class InlineWorkers:
-    """See ``docs/architecture.md``, "Backends", for the contract of these six functions."""
+    """See ``docs/architecture.md``, "Backends", for the contract of these functions."""
 
     def __init__(self, setup: Setup) -> None:
         self._threads = torch.get_num_threads()
@@ -35,9 +43,9 @@ class InlineWorkers:
         self._done: dict[int, Outcome] = {}
         self._next = 0
 
-    def publish(self, replica: Parts, message: Message) -> None:
+    def publish(self, publication: Publication) -> None:
         """Move every worker to a new broadcast; all submitted jobs must have been resolved."""
-        self.local.publish(replica, message)
+        self.local.publish(publication.replica)
 
     def submit(self, jobs: Sequence[Job]) -> list[int]:
         """Queue jobs; returns a ticket each."""
@@ -62,6 +70,10 @@ class InlineWorkers:
 
     def evaluate(self, sites: Sequence[tuple[int, str | None]], part: str) -> list[dict[str, float]]:
         return [self.local.evaluate(site, tag, part) for site, tag in sites]
+
+    def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
+        """Put a question to sites, outside of any visit; the answers, or why there is none."""
+        return {site: answer(self.local, site, request) for site, request in requests.items()}
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,9 +29,10 @@ from annotated_types import Ge, Le
 from atoll.core.errors import RunError, SiteFailed
 from atoll.core.message import NO_LIMITS, Message, decode, detach, encode, encode_into, encoded_size
 from atoll.core.tree import Parts
+from atoll.federated.backends.inline import answer
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
 SHORT = 0.05  # seconds: a worker gets its next visit ahead of time only if visits are shorter, or it would idle while
 # we merge; longer ones wait for whoever is free first, which balances better
@@ -123,7 +124,7 @@ class PoolWorkers:
         self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self._replica = Block(self._folder / "replica")
         self._published = 0
-        self._jobs: dict[int, Job | tuple[int, str | None, str]] = {}
+        self._jobs: dict[int, Job | tuple[Any, ...]] = {}
         self._waiting: deque[int] = deque()
         self._done: dict[int, Any] = {}
         self._slots: dict[int, Block] = {}
@@ -137,15 +138,11 @@ class PoolWorkers:
 
     # ------------------------------------------------------------------- the six functions
 
-    def publish(self, replica: Parts, message: Message) -> None:
-        self.local.publish(replica, message)
-        both = Message("replica", {f"r.{name}": tree for name, tree in replica.items()})
-        if message.parts is not replica:
-            both = Message("replica", {**both.parts, **{f"m.{n}": t for n, t in message.parts.items()}})
-        facts = {"kind": message.kind, "facts": dict(message.facts), "same": message.parts is replica}
-        both = Message("replica", both.parts, facts)
-        size = encoded_size(both)
-        encode_into(both, self._replica.ensure(size))
+    def publish(self, publication: Publication) -> None:
+        self.local.publish(publication.replica)
+        whole = Message("replica", publication.replica, {"parts": list(publication.replica)})
+        size = encoded_size(whole)
+        encode_into(whole, self._replica.ensure(size))
         self._published = size
         for p in self._processes:
             self._tell(p, ("publish", size))
@@ -173,10 +170,17 @@ class PoolWorkers:
         tickets = self._queue([(site, tag, part) for site, tag in sites])
         self._dispatch()
         answers = [self._wait(ticket) for ticket in tickets]
-        for (site, _), answer in zip(sites, answers, strict=True):
-            if isinstance(answer, str):
-                raise SiteFailed(f"The model of site {site} could not be evaluated: {answer}")
+        for (site, _), found in zip(sites, answers, strict=True):
+            if isinstance(found, str):
+                raise SiteFailed(f"The model of site {site} could not be evaluated: {found}")
         return answers
+
+    def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
+        tickets = self._queue([(site, bytes(encode(request))) for site, request in requests.items()])
+        self._dispatch()
+        answers = [self._wait(ticket) for ticket in tickets]
+        read = [a if isinstance(a, str) else detach(decode(a, NO_LIMITS)) for a in answers]
+        return dict(zip(requests, read, strict=True))
 
     def close(self) -> None:
         for p in self._processes:
@@ -241,7 +245,7 @@ class PoolWorkers:
             own = bytes(encode(job.message)) if job.message is not None else None
             self._tell(p, ("visit", ticket, slot, replace(job, message=None), own))
         else:
-            self._tell(p, ("evaluate", ticket, *job))
+            self._tell(p, ("evaluate" if len(job) == 3 else "ask", ticket, *job))
         if not p.tickets:
             p.since = time.monotonic()
         p.tickets.append(ticket)
@@ -354,7 +358,7 @@ def _serve(setup: Setup, pipe: Connection, folder: Path) -> None:
                 published = what[1]
                 continue
             if published:  # only now: until there is a job, the next publication may be on its way into the block
-                worker.publish(*_read_publication(replica, published))
+                worker.publish(_read_replica(replica, published))
                 published = 0
             if what[0] == "visit":
                 _, ticket, slot, job, own = what
@@ -368,9 +372,13 @@ def _serve(setup: Setup, pipe: Connection, folder: Path) -> None:
                     except RunError as e:
                         size, outcome = 0, replace(outcome, error=str(e))
                 pipe.send((ticket, size, replace(outcome, message=None)))
-            else:
+            elif what[0] == "evaluate":
                 _, ticket, site, tag, part = what
                 pipe.send((ticket, 0, _evaluate(worker, site, tag, part)))
+            else:
+                _, ticket, site, request = what
+                said = answer(worker, site, decode(request, NO_LIMITS))
+                pipe.send((ticket, 0, said if isinstance(said, str) else bytes(encode(said))))
 
 
 def _evaluate(worker: Worker, site: int, tag: str | None, part: str) -> dict[str, float] | str:
@@ -389,8 +397,6 @@ def _next(pipe: Connection, parent: int) -> Any:
     return pipe.recv()
 
 
-def _read_publication(block: Block, size: int) -> tuple[Parts, Message]:
-    both = decode(block.ensure(size)[:size], NO_LIMITS)
-    replica = {n[2:]: tree for n, tree in both.parts.items() if n.startswith("r.")}
-    parts = replica if both.facts["same"] else {n[2:]: t for n, t in both.parts.items() if n.startswith("m.")}
-    return replica, Message(both.facts["kind"], parts, both.facts["facts"])
+def _read_replica(block: Block, size: int) -> Parts:
+    whole = decode(block.ensure(size)[:size], NO_LIMITS)
+    return {name: whole.parts.get(name, {}) for name in whole.facts["parts"]}  # empty trees leave no tensor behind
