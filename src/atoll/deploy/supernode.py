@@ -1,0 +1,29 @@
+"""Flower's SuperNode as a process of ours, which asks for work at our pace.
+
+A SuperNode that finds no message sleeps for three seconds, which no option changes; for small models that is most of
+a round. Here its module sees a clock whose sleeps are cut short. All else is Flower's own program.
+Started as ``python -m atoll.deploy.supernode SECONDS`` followed by the options of ``flower-supernode``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+
+def main() -> None:
+    from importlib import import_module
+
+    loop: Any = import_module("flwr.supernode.start_client_internal")
+    program: Any = import_module("flwr.supernode.cli.flower_supernode")  # the package shadows its name
+    longest = float(sys.argv.pop(1))
+    own = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
+    loop.time = SimpleNamespace(**{**own, "sleep": lambda seconds: time.sleep(min(seconds, longest))})
+    program.warn_if_flwr_update_available = lambda **_: None  # no calls home
+    program.flower_supernode()
+
+
+if __name__ == "__main__":
+    main()
