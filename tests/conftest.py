@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from atoll.data.dataset import Dataset, Federation, Info, SiteData
+from atoll.federated.backends.ray import Crew, Ray
 from atoll.federated.engine import federate
 from atoll.federated.ledger import Row
 from atoll.models.mlp import MLP
@@ -70,3 +71,11 @@ def run(digits_task: Classification, digits_federation: Federation):  # type: ig
         return list(federate(method=method, rounds=rounds, **options))
 
     return go
+
+
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """Two actors of a Ray cluster on this machine, a backend for many runs: a start takes seconds."""
+    pytest.importorskip("ray")
+    with Crew(Ray(workers=2)) as open_crew:
+        yield open_crew

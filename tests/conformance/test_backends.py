@@ -19,14 +19,14 @@ NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__pa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_process_pool_equals_inline(name, run, digits_federation):
+def test_every_backend_equals_inline(name, run, digits_federation, crew):
     module = importlib.import_module(f"atoll.federated.methods.{name}")
     method = getattr(module, name)(**ARGUMENTS.get(name, {}))
     if method.schedule.synchronous and name != "centralised":
         method = method.but(select=Uniform(count=3))  # partial participation: states and catching up matter
     world = replace(digits_federation, public=digits_federation.test.select(range(100)))
     traces = []
-    for backend in (Inline(), ProcessPool(workers=2)):
+    for backend in (Inline(), ProcessPool(workers=2), crew):
         sites = []
         rows = run(
             method, rounds=3, federation=world, backend=backend,
@@ -34,9 +34,10 @@ def test_the_process_pool_equals_inline(name, run, digits_federation):
         )  # fmt: skip
         ledger = [(r.time, r.replies, r.down_bytes, r.up_bytes, r.flops, r.refused, dict(r.metrics)) for r in rows]
         traces.append((ledger, sites, rows[-1].engine.state))
-    (ledger, sites, state), (ledger_, sites_, state_) = traces
-    assert ledger == ledger_
-    assert sites == sites_
-    assert state.replica.keys() == state_.replica.keys()
-    assert all(equal(state.replica[p], state_.replica[p]) for p in state.replica)
-    assert all(equal(state.server[p], state_.server[p]) for p in state.server)
+    (ledger, sites, state), *others = traces
+    for ledger_, sites_, state_ in others:
+        assert ledger == ledger_
+        assert sites == sites_
+        assert state.replica.keys() == state_.replica.keys()
+        assert all(equal(state.replica[p], state_.replica[p]) for p in state.replica)
+        assert all(equal(state.server[p], state_.server[p]) for p in state.server)
