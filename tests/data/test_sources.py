@@ -232,7 +232,6 @@ def test_bad_columns_are_refused(tmp_path: Path, options: dict[str, object], wor
         ("t.csv", "a,y\n1,2\n3\n", "Line 3 of .* has 1 cells; the header has 2"),
         ("t.csv", "a,a\n1,2\n", "more than one column named 'a'"),
         ("t.csv", "a,y\n", "holds no rows"),
-        ("t.csv", "a,y\n1,0\n2,0\n", "classification needs at least two"),
         ("t.csv", "a,y\n" + "".join(f"{i},{i}.5\n" for i in range(20)), "task: regression"),
         ("t.jsonl", '{"a": 1, "y": 0}\n{"a": 1,\n', "Line 2 of .* is not JSON"),
         ("t.jsonl", "[1]\n", "Line 1 of .* is not a JSON object"),
@@ -298,7 +297,7 @@ def test_image_folder_refusals(pictures: Path) -> None:
         ImageFolder(str(pictures)).load()
     with pytest.raises(DataError, match="There is no folder"):
         ImageFolder(str(pictures / "nothing")).load()
-    with pytest.raises(DataError, match="0 class folders"):
+    with pytest.raises(DataError, match="no class folders"):
         ImageFolder(str(pictures / "cat")).load()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def learn(
         categories[c] = values
     classes = _values(columns[target]) if task == "classification" else None
     if classes is not None:
-        _check_classes(classes, name, target)
+        check_classes(classes, f"Target `{target}` of `{name}`", least=1)
     owners = _values(columns[site]) if site else ()
     return Schema(
         name=name, target=target, features=features, categories=categories, classes=classes, site=site,
@@ -101,9 +101,7 @@ def apply(schema: Schema, columns: Columns, where: str) -> Dataset:
         if c in s.categories:
             kinds = s.categories[c]
             names += [f"{c}={k}" for k in kinds]
-            blocks.append(
-                torch.tensor([[float(str(v).strip() == k) for k in kinds] for v in values]).view(-1, len(kinds))
-            )
+            blocks.append(torch.tensor([[float(_name(v) == k) for k in kinds] for v in values]).view(-1, len(kinds)))
         else:
             names.append(c)
             blocks.append(_numbers(values, c, where)[:, None])
@@ -116,7 +114,7 @@ def apply(schema: Schema, columns: Columns, where: str) -> Dataset:
     if s.site:
         out["site"] = _codes([columns[s.site][i] for i in keep], s.owners, s.site, where)
     info = Info(
-        name=s.name, kind="table", shape=(len(names),), feature_names=tuple(names),
+        name=s.name, kind="table", shape=(len(names),), feature_names=tuple(names), categories=s.categories,
         num_classes=len(s.classes) if s.classes is not None else None, class_names=s.classes or (),
         names={"site": s.owners} if s.site else {}, skipped={"missing value": len(drop)} if drop else {},
     )  # fmt: skip
@@ -159,13 +157,18 @@ def _numbers(values: Sequence[Any], column: str, where: str) -> Tensor:
 
 
 def _values(values: Sequence[Any]) -> tuple[str, ...]:
-    """The different values as text, numbers in numeric order, before text in alphabetical order."""
+    """The different values as text."""
+    return ordered(_name(v) for v in values if not _missing(v))
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Each once: numbers in numeric order, before text in alphabetical order."""
 
     def place(v: str) -> tuple[bool, float, str]:
         x = _number(v)
         return (x is None, x or 0.0, v)
 
-    return tuple(sorted({_name(v) for v in values if not _missing(v)}, key=place))
+    return tuple(sorted(set(names), key=place))
 
 
 def _name(v: Any) -> str:
@@ -182,12 +185,14 @@ def _codes(values: Sequence[Any], names: tuple[str, ...], column: str, where: st
     return torch.tensor([code[_name(v)] for v in values], dtype=torch.int64)
 
 
-def _check_classes(classes: tuple[str, ...], name: str, target: str) -> None:
-    if len(classes) < 2:
-        raise DataError(f"Target `{target}` of `{name}` has {len(classes)} value; classification needs at least two.")
+def check_classes(classes: Sequence[str], what: str, least: int = 2) -> None:
+    """Raise :class:`DataError` unless these can be classes of ``what``. One site may well have rows of one class only;
+    ``least`` 2 is for all rows together."""
+    if len(classes) < least:
+        values = "1 value" if len(classes) == 1 else f"{len(classes)} values"
+        raise DataError(f"{what} has {values}; classification needs at least two.")
     broken = [c for c in classes if (x := _number(c)) is not None and x != int(x)]
     if len(broken) > 10:
         raise DataError(
-            f"Target `{target}` of `{name}` holds {len(classes):,} different numbers such as {broken[0]}; "
-            "that is `task: regression`."
+            f"{what} holds {len(classes):,} different numbers such as {broken[0]}; that is `task: regression`."
         )

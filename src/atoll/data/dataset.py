@@ -20,6 +20,8 @@ class Info:
         shape: of one input row as the model sees it, e.g. ``(1, 28, 28)``, ``(30,)``, ``(64,)`` tokens.
         num_classes: for classification, else None. For text: the size of the vocabulary.
         class_names: what the classes of ``y`` are called, by number (of labelled text too).
+        categories: of text columns of a table that became one feature per value: those values. The features are
+            called ``column=value``.
         names: for further columns that hold codes: what each code stands for, ``{"site": ("Lyon", "Oslo")}``.
         mean, scale: a uint8 or raw input ``v`` becomes ``(v * unit - mean) / scale``; tensors or floats that
             broadcast against a row.
@@ -35,6 +37,7 @@ class Info:
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mean: Tensor | float = 0.0
     scale: Tensor | float = 1.0

@@ -11,6 +11,7 @@ import torch
 
 from atoll.core.errors import DataError
 from atoll.core.streams import numpy_stream
+from atoll.data.columns import check_classes
 from atoll.data.dataset import Dataset, Federation, SiteData
 from atoll.data.heterogeneity import heterogeneity, histogram
 from atoll.data.partition import Partitioner, Rows
@@ -59,6 +60,8 @@ def make_federation(
     """
     _check_fractions(validation=validation, test=test, public=public, common_test=common_test)
     loaded = source if isinstance(source, Loaded) else source.load()
+    if loaded.train.info.class_names:
+        check_classes(loaded.train.info.class_names, f"The target of `{loaded.train.info.name}`")
     pool = hold_out(loaded, seed=seed, public=public, common_test=common_test, limit=limit)
     data = pool.shared
     if sites is None:
@@ -95,6 +98,13 @@ def make_federation(
         labels=labels,
         tokenizer=loaded.tokenizer,
     )
+
+
+def one_site(loaded: Loaded, site: int, *, seed: int, validation: float, test: float) -> SiteData:
+    """The rows of a site that holds nothing but its own: the three parts that :func:`make_federation` gives to site
+    number ``site`` when it owns these rows, in this order, and nothing was held out before sharing."""
+    _check_fractions(validation=validation, test=test)
+    return _three(loaded.train, np.arange(len(loaded.train)), validation, test, seed, site)
 
 
 def hold_out(loaded: Loaded, *, seed: int, public: float, common_test: float, limit: int | None) -> Pool:

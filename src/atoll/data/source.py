@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.core.errors import DataError
@@ -14,6 +17,9 @@ from atoll.data.dataset import Dataset, Info
 from atoll.data.tokenizers import Tokenizer
 
 CHUNK = 4096
+Numbers = NDArray[np.float64]
+Moments = tuple[int, Numbers]
+"""Values per feature, and their sums ``[F]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +57,14 @@ class Source(Protocol):
 def fitted(info: Info, rows: Iterable[Dataset]) -> Info:
     """``info`` with mean and scale (and those of a regression target) of the given training rows.
 
-    Tables are standardised feature by feature, images channel by channel. All that is needed from each data
-    set is a count, a sum and a sum of squares, so sites could compute it together without showing a row. A
-    constant feature gets scale 1.
+    Tables are standardised feature by feature, images channel by channel. All that is needed from each data set is a
+    count, a sum and a sum of squares, which are added in the order of the data sets: sites that send theirs to each
+    other (``agreement.py``) come to the same bits without showing a row. A constant feature gets scale 1.
     """
     rows = list(rows)
-    axis = (0,) if info.kind == "table" else (0, 2, 3)
-    mean, scale = _moments(rows, "x", info.unit, axis)
-    shape = (-1,) if info.kind == "table" else (-1, 1, 1)
-    info = replace(info, mean=mean.view(shape), scale=scale.view(shape))
-    if info.num_classes is None and rows and "y" in rows[0].columns:
-        mean, scale = _moments(rows, "y", 1.0, (0,))
-        info = replace(info, target_mean=float(mean), target_scale=float(scale))
-    return info
+    names = measured(rows[0]) if rows else ("x",)
+    mean = {n: average([moments(data, n) for data in rows]) for n in names}
+    return with_moments(info, mean, {n: average([moments(data, n, mean[n]) for data in rows]) for n in names})
 
 
 def standardised(train: Dataset, test: Dataset | None = None) -> Loaded:
@@ -72,23 +73,47 @@ def standardised(train: Dataset, test: Dataset | None = None) -> Loaded:
     return Loaded(train=train.about(info), test=test.about(info) if test is not None else None, fit=True)
 
 
-def _moments(parts: list[Dataset], name: str, unit: float, axis: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over ``axis`` as float32. Two passes: no cancellation for far-off means."""
+def measured(data: Dataset) -> tuple[str, ...]:
+    """The columns that mean and scale are taken of: inputs, and a regression target."""
+    return ("x", "y") if data.info.num_classes is None and "y" in data.columns else ("x",)
 
-    def average(centre: Tensor | float, power: int) -> Tensor:
-        total, count = torch.zeros(()), 0
-        for part in parts:
-            for at in range(0, len(part), CHUNK):
-                some = part.select(range(at, min(at + CHUNK, len(part)))).column(name)
-                v = some.to(torch.float64) * unit - centre
-                total = total + v.pow(power).sum(axis, keepdim=True)
-                count += v.numel()
-        return total / max(count // max(total.numel(), 1), 1)
 
-    mean = average(0.0, 1)
-    scale = average(mean, 2).sqrt()
-    scale = torch.where(scale > 1e-12 * mean.abs(), scale, torch.ones_like(scale))
-    return mean.squeeze(0).float(), scale.squeeze(0).float()
+def moments(data: Dataset, name: str, centre: Numbers | None = None) -> Moments:
+    """How many values there are per feature (channel), and float64 sums of them; with ``centre``, of the squared
+    differences from it. Two passes, so nothing cancels for far-off means.
+
+    NumPy adds in one fixed order, whatever the number of threads.
+    """
+    shape = data.columns[name].shape[1:]
+    groups, each = (shape[0] if shape else 1), math.prod(shape[1:])
+    total, unit = np.zeros(groups), data.info.unit if name == "x" else 1.0
+    for at in range(0, len(data), CHUNK):
+        some = data.select(range(at, min(at + CHUNK, len(data)))).column(name)
+        v = some.to(torch.float64).numpy().reshape(len(some), groups, each) * unit
+        total += (v if centre is None else np.square(v - centre[:, None])).sum((0, 2))
+    return len(data) * each, total
+
+
+def average(parts: Iterable[Moments]) -> Numbers:
+    """The mean over all parts, which are added in the given order."""
+    count, total = 0, np.zeros(())
+    for n, part in parts:
+        count, total = count + n, total + part
+    return total / max(count, 1)
+
+
+def with_moments(info: Info, mean: Mapping[str, Numbers], variance: Mapping[str, Numbers]) -> Info:
+    """``info`` with mean and scale (float32) from those of the columns :func:`measured`."""
+    pairs = {}
+    for name, m in mean.items():
+        scale = np.sqrt(variance[name])
+        scale = np.where(scale > 1e-12 * np.abs(m), scale, 1.0)
+        pairs[name] = torch.from_numpy(m).float(), torch.from_numpy(scale).float()
+    shape = (-1,) if info.kind == "table" else (-1, 1, 1)
+    info = replace(info, mean=pairs["x"][0].view(shape), scale=pairs["x"][1].view(shape))
+    if "y" in pairs:
+        info = replace(info, target_mean=float(pairs["y"][0]), target_scale=float(pairs["y"][1]))
+    return info
 
 
 def stored(name: str, columns: Mapping[str, Tensor], info: Info) -> Dataset:

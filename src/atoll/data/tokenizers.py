@@ -6,7 +6,9 @@ Both are saved as the ``tokenizer.json`` of the ``tokenizers`` library, so that
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +140,13 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise
     except Exception as e:  # the library raises bare Exception
         raise DataError(f"{file} is not a tokenizer ({e}).") from e
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """Text that two tokenizers share exactly when they do the same: a digest of what they save."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return hashlib.sha256((Path(folder) / FILE).read_bytes()).hexdigest()[:32]
 
 
 def _file(path: Path | str) -> Path:

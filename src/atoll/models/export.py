@@ -98,7 +98,10 @@ def _build(folder: Path, about: Mapping[str, Any], fresh: bool = False) -> nn.Mo
         network = network.network
     data = about["data"]
     lists: dict[str, Any] = {name: tuple(data[name]) for name in ("shape", "class_names", "feature_names")}
-    lists["names"] = {name: tuple(values) for name, values in data["names"].items()}
+    lists |= {
+        mapping: {name: tuple(values) for name, values in data.get(mapping, {}).items()}
+        for mapping in ("names", "categories")
+    }
     numbers = {name: _tensor(data[name]) for name in ("mean", "scale")}
     return build_model(network, Info(**{**data, **lists, **numbers}), int(about["outputs"]), int(about["seed"]))
 

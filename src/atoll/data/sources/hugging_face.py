@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from atoll.core.errors import DataError, did_you_mean
-from atoll.data.columns import Schema, apply, learn, with_new_owners
+from atoll.data.columns import Schema, apply, learn, ordered, with_new_owners
 from atoll.data.dataset import Dataset, Info
 from atoll.data.images import pixels, stack
 from atoll.data.source import Loaded, Source, standardised, stored
@@ -180,7 +180,7 @@ class _Names:
             feature = parts[0].features[column]
             if hasattr(feature, "names") and column == source.target:
                 return tuple(feature.names)
-            return tuple(sorted({str(v) for rows in parts if rows is not None for v in rows[column]}))
+            return ordered(str(v) for rows in parts if rows is not None for v in rows[column])
 
         return _Names(distinct(source.target), distinct(source.site))
 

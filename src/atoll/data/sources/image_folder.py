@@ -9,6 +9,7 @@ import torch
 
 from atoll.core.errors import DataError
 from atoll.core.progress import progress
+from atoll.data.columns import ordered
 from atoll.data.dataset import Dataset, Info
 from atoll.data.images import open_pixels, stack
 from atoll.data.source import Loaded, Source, standardised, stored
@@ -39,8 +40,8 @@ class ImageFolder(Source):
             raise DataError(f"There is no folder {root}.")
         split = (root / "train").is_dir() and (root / "test").is_dir()
         classes = _folders(root / "train" if split else root)
-        if len(classes) < 2:
-            raise DataError(f"{root} holds {len(classes)} class folders; expected one folder of pictures per class.")
+        if not classes:
+            raise DataError(f"{root} holds no class folders; expected one folder of pictures per class.")
         train = self._read(root / "train" if split else root, classes, root.name)
         test = self._read(root / "test", classes, root.name) if split else None
         if test is not None and test.info.shape != train.info.shape:
@@ -77,4 +78,4 @@ class ImageFolder(Source):
 
 
 def _folders(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    return ordered(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
