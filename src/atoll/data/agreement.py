@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ Texts = Annotated[tuple[Text, ...], Len(0, 1_000_000)]
 Values = Annotated[tuple[float, ...], Len(0, 1_000_000)]
 Facts = Mapping[str, Any]
 """What crosses the wire: JSON-able. Numbers keep their bits, since JSON writes them in full."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ def describe(data: SiteData, *, fit: bool, tokenizer: Tokenizer | None = None) -
 
 def read_summary(facts: Facts, who: str) -> Summary:
     """What :meth:`Summary.facts` wrote; ``who`` sent it, for the error."""
-    s = _read(Summary, facts, f"The description of the data from {who}")
+    s: Summary = _read(Summary, facts, f"The description of the data from {who}")
     lists = (s.class_names, s.feature_names, *s.categories.values())
     fits = all(len(set(names)) == len(names) for names in lists)
     fits &= not s.feature_names or s.shape == (len(s.feature_names),)
@@ -345,7 +344,7 @@ def means(agreed: Summary, firsts: Mapping[str, Facts]) -> dict[str, Any]:
 def second_moments(data: SiteData, mean: Facts) -> dict[str, Any]:
     """Sums of the squared differences from ``mean`` over a site's training rows."""
     names = source.measured(data.train)
-    centres = _read(dict[str, Values], mean, "The mean from the server")
+    centres: dict[str, Values] = _read(dict[str, Values], mean, "The mean from the server")
     for name in names:
         t = data.train.columns[name]
         if len(centres.get(name, ())) != (t.shape[1] if t.ndim > 1 else 1):
@@ -380,7 +379,7 @@ def _sums_of(agreed: Summary, facts: Mapping[str, Facts]) -> dict[str, list[sour
     sizes = {"x": agreed.shape[0], "y": 1}
     out: dict[str, list[source.Moments]] = {name: [] for name in names}
     for site, sent in facts.items():
-        read = _read(dict[str, Sums], sent, f"What site `{site}` sent for standardisation")
+        read: dict[str, Sums] = _read(dict[str, Sums], sent, f"What site `{site}` sent for standardisation")
         if read.keys() != out.keys() or any(len(s.sums) != sizes[n] or s.count < 1 for n, s in read.items()):
             raise DataError(f"What site `{site}` sent for standardisation does not fit the agreed features.")
         for name, s in read.items():
@@ -412,12 +411,11 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _read(kind: type[T], facts: Any, what: str) -> T:
+def _read(kind: Any, facts: Any, what: str) -> Any:
     """JSON-able values of the type, or a :class:`DataError`. Fields that it does not have are left aside."""
     from pydantic import ValidationError
 
     try:
-        value: T = _adapter(kind).validate_json(json.dumps(facts, allow_nan=False), strict=True)
+        return _adapter(kind).validate_json(json.dumps(facts, allow_nan=False), strict=True)
     except (ValidationError, TypeError, ValueError, RecursionError) as e:
         raise DataError(f"{what} cannot be read; run the same version everywhere.") from e
-    return value
