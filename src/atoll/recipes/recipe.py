@@ -170,7 +170,7 @@ def load_recipe(reference: str, changes: Sequence[str] = ()) -> Recipe:
         if value is None:
             return recipe
         return read_recipe(_edit(value, changes), reference)
-    return read_recipe(_edit(_from_yaml(Path(path)), changes), reference)
+    return read_recipe(_edit(read_yaml(Path(path)), changes), reference)
 
 
 class _OnceEach(yaml.SafeLoader):
@@ -185,7 +185,8 @@ class _OnceEach(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _from_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; plain data only, and no key twice."""
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceEach)
     except FileNotFoundError as e:

@@ -22,6 +22,7 @@ from atoll.federated import checkpoint
 from atoll.federated.check import check_method
 from atoll.federated.engine import Engine
 from atoll.federated.ledger import Row
+from atoll.federated.method import Backend
 from atoll.federated.privacy import spent
 from atoll.federated.visit import Setup
 from atoll.models.export import about_model, save_model
@@ -79,8 +80,8 @@ def plan(prepared: Prepared) -> Plan:
 class Run:
     """A run directory that is being written."""
 
-    def __init__(self, folder: Path, prepared: Prepared) -> None:
-        self.folder, self.prepared = folder, prepared
+    def __init__(self, folder: Path, prepared: Prepared, backend: Backend | None = None) -> None:
+        self.folder, self.prepared, self.backend = folder, prepared, backend or prepared.recipe.backend
         self.events_path = folder / "events.jsonl"
         self.memory = PeakMemory()
 
@@ -122,7 +123,7 @@ class Run:
         else:
             self.events_path.unlink(missing_ok=True)  # killed before its first checkpoint: nothing was committed
         started = time.perf_counter()
-        workers = recipe.backend.open(p.setup)
+        workers = self.backend.open(p.setup)
         try:
             engine = Engine(p.setup, workers, state, recipe.max_reply_bytes)
             if resumed:
@@ -196,24 +197,28 @@ class Run:
     def _export(self, engine: Engine) -> bool:
         """Write the global model to ``model/``, or one model a site to ``model/site0/``, ... where sites keep parts
         of theirs. Returns whether they do."""
-        p, worker = self.prepared, engine.workers.local
-        task: Any = p.setup.task
-
-        def save(model: Any, folder: Path, site: int | None) -> None:
-            facts: dict[str, Any] = {"method": p.setup.method.card.name}
-            if hasattr(task, "network"):  # a task of your own may build its model in its own way
-                builder = network_at(site, task.network, task.site_networks)
-                facts |= about_model(builder, p.setup.federation.info, task.outputs, p.recipe.seed)
-            save_model(model, folder, facts)
-
-        share, replica = engine.method.share, engine.state.replica
+        recipe, setup, worker = self.prepared.recipe, self.prepared.setup, engine.workers.local
         personal = bool(worker.site_model(None).split.private)
         if not personal:
-            save(share.export(worker.site_model(None).model, replica), self.folder / "model", None)
+            model = engine.method.share.export(worker.site_model(None).model, engine.state.replica)
+            export_model(model, self.folder / "model", recipe, setup, None)
+        if hasattr(engine.workers, "finish"):  # sites elsewhere save their own
+            self._append({"event": "finished", **engine.workers.finish(engine.state.tags)})
+            return personal
         for info in engine.sites if personal else ():
             at, _ = worker.place(info.site, engine.state.tags.get(info.site))
-            save(at.model, self.folder / "model" / f"site{info.site}", info.site)
+            export_model(at.model, self.folder / "model" / f"site{info.site}", recipe, setup, info.site)
         return personal
+
+
+def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: int | None) -> None:
+    """Write a model with the facts that let it load alone."""
+    task: Any = setup.task
+    facts: dict[str, Any] = {"method": setup.method.card.name}
+    if hasattr(task, "network"):  # a task of your own may build its model in its own way
+        builder = network_at(site, task.network, task.site_networks)
+        facts |= about_model(builder, setup.federation.info, task.outputs, recipe.seed)
+    save_model(model, folder, facts)
 
 
 def start(recipe: Recipe, folder: Path) -> tuple[Run, Plan]:
@@ -268,8 +273,8 @@ def evaluate(engine: Engine) -> dict[str, float]:
         return found
     federation = engine.setup.federation
     rows = {i: len(site.test) for i, site in enumerate(federation.sites) if len(site.test)}
-    metrics = engine.evaluate_sites("test" if rows else "common")
-    weights = rows or {i: 1 for i, m in metrics.items() if m}
+    metrics = {i: m for i, m in engine.evaluate_sites("test" if rows else "common").items() if m}
+    weights = {i: rows.get(i, 0) if rows else 1 for i in metrics}  # a site of its own may be away, or say nothing
     total, names = sum(weights.values()), {name for m in metrics.values() for name in m}
     return {n: sum(metrics[i][n] * w for i, w in weights.items()) / total for n in sorted(names)} if total else {}
 

@@ -1,0 +1,153 @@
+"""A site's process: it keeps a SuperNode running, takes its requests, and answers them."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from atoll.core.errors import RunError
+from atoll.core.files import write_atomic
+from atoll.core.message import Message
+from atoll.deploy.link import LinkLost, SiteEnd
+from atoll.deploy.processes import end_process, last_lines, launch
+from atoll.deploy.site import SiteProgram
+from atoll.federated.dispatch import failed
+
+POLL = 0.05  # seconds between looks for a request at our own SuperNode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """How a site reaches the server.
+
+    Args:
+        server: ``host:port``.
+        certificate: the federation's ``ca.pem``.
+        key: this site's private key.
+        pace: seconds between a SuperNode's questions for work; Flower's own is 3.
+    """
+
+    server: str
+    certificate: Path
+    key: Path
+    pace: float = 0.5
+
+
+def join(program: SiteProgram, connection: Connection, folder: Path, say: Callable[[str], None] = print) -> None:
+    """Answer requests until told to stop (SIGINT or SIGTERM); the request in hand is finished first.
+
+    Raises:
+        RunError: the SuperNode ends at once each time it is started.
+    """
+    for path, what in ((connection.certificate, "certificate of the server's authority"), (connection.key, "key")):
+        if not path.is_file():
+            raise RunError(f"{path} is not there; it should be the {what}.")
+    stop = _Stop()
+    node = _Node(connection, folder, say)
+    try:
+        end = node.start()
+        say(f"joined {connection.server}; waiting for requests (Ctrl-C leaves)")
+        while not stop.asked:
+            try:
+                taken = end.take()
+            except LinkLost:
+                if node.ended():
+                    end = node.start()
+                else:
+                    time.sleep(0.2)  # it is starting, or busy
+                continue
+            if taken is None:
+                if node.ended():
+                    end = node.start()
+                time.sleep(POLL)
+                continue
+            said = taken.message
+            answer = program.answer(said) if isinstance(said, Message) else failed(said)
+            say(_line(said, answer))
+            try:
+                taken.answer(answer)
+            except LinkLost:
+                say("the answer could not be handed over; the server will ask again")
+        say("left")
+    finally:
+        stop.restore()
+        node.close()
+
+
+def _line(said: Message | str, answer: Message) -> str:
+    """One line of the operator's log for a request and its answer."""
+    what = said.kind if isinstance(said, Message) else "unreadable request"
+    where = f" {said.facts['round']}" if isinstance(said, Message) and "round" in said.facts else ""
+    if answer.kind == "failed" or answer.facts.get("error"):
+        return f"{time.strftime('%H:%M:%S')} {what}{where}: refused: {answer.facts.get('error')}"
+    return f"{time.strftime('%H:%M:%S')} {what}{where}: {answer.kind}, {answer.payload_bytes:,} bytes"
+
+
+class _Stop:
+    """Whether somebody has asked us to stop. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class _Node:
+    """Our SuperNode, started anew when it has died."""
+
+    def __init__(self, connection: Connection, folder: Path, say: Callable[[str], None]) -> None:
+        self.connection, self.folder, self.say = connection, folder / "flower", say
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started, self._quick = 0.0, 0
+
+    def start(self) -> SiteEnd:
+        if self._process is not None:
+            self._quick = self._quick + 1 if time.monotonic() - self._started < 20 else 0
+            said = last_lines(self.folder / "supernode.log")
+            if self._quick >= 3:
+                raise RunError(f"The SuperNode ends each time it is started; its last words: {said}")
+            self.say("the SuperNode ended; starting it again")
+            time.sleep(1.0)
+        secret, port = secrets.token_bytes(32), _free_port()
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.folder / "secret"
+        write_atomic(path, secret, durable=False)
+        path.chmod(0o600)
+        c = self.connection
+        command = [
+            sys.executable, "-m", "atoll.deploy.supernode", c.pace, "--superlink", c.server,
+            "--root-certificates", c.certificate, "--auth-supernode-private-key", c.key, "--isolation", "process",
+            "--superexec-auth-secret-file", path, "--host", "127.0.0.1", "--port", port,
+        ]  # fmt: skip
+        self._process, self._started = launch(command, self.folder / "supernode.log"), time.monotonic()
+        return SiteEnd(f"127.0.0.1:{port}", secret)
+
+    def ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def close(self) -> None:
+        if self._process is not None:
+            end_process(self._process)
+        (self.folder / "secret").unlink(missing_ok=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

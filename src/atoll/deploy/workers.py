@@ -1,0 +1,254 @@
+"""The backend of a real federation: visits run in the sites' own processes, behind Flower's wire.
+
+It never changes the answer (``docs/architecture.md``, "Backends"). Sites come and go: a request whose answer was lost
+on the way, because a node or the SuperLink died, is sent again, and a site answers the same request with the same
+bytes. Only the time limit of a visit, or a site that stays away, makes a visit fail.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from atoll.core.errors import RunError, SiteFailed
+from atoll.core.message import Message
+from atoll.deploy.link import LinkLost, Lost, NodeState
+from atoll.deploy.site import FINISH
+from atoll.federated.dispatch import FAILED, Dispatch
+from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+
+POLL = 0.05  # seconds between looks for answers
+NODES = 1.0  # seconds between looks for nodes
+TTL = 7 * 24 * 3600.0  # seconds; a site that is away for longer has its request sent again
+
+
+class Link(Protocol):
+    """What carries requests to sites: :class:`~atoll.deploy.server.Supervisor` in a federation."""
+
+    def nodes(self) -> Mapping[int, NodeState]:
+        """By site number, the nodes that the SuperLink knows."""
+
+    def send(self, site: int, message: Message, ttl: float) -> str: ...
+
+    def take(self, numbers: Sequence[str]) -> Any: ...
+
+    def beat(self) -> None: ...
+
+    def mend(self) -> None:
+        """Connect again after :class:`LinkLost`. All requests on their way are forgotten."""
+
+    def close(self) -> None: ...
+
+
+class NoStates:
+    """The server keeps no state of any site."""
+
+    def get(self, site: int, tag: str) -> Message:
+        raise RunError(f"The state of site {site} lies at the site; the server has none.")
+
+    def put(self, site: int, tag: str, state: Message) -> None:
+        raise RunError(f"The state of site {site} lies at the site; the server keeps none.")
+
+    def drop(self, site: int, tag: str) -> None:
+        """Sites drop what the next request no longer names."""
+
+    def sweep(self, keep: set[tuple[int, str]]) -> None:
+        """Sites drop what the next request no longer names."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A request and what has become of it."""
+
+    site: int
+    build: Callable[[bool], Message]
+    limit: float | None
+    began: float
+    number: str = ""
+    activated: str = ""
+    lacking: bool = False
+    away: float = 0.0
+    answer: Message | str | None = None
+
+
+@dataclass(slots=True)
+class Switchboard:
+    """Calls to sites over a link that may break.
+
+    Args:
+        patience: seconds after which a site that is away counts as failed.
+    """
+
+    link: Link
+    patience: float
+    counts: Counter[str] = field(default_factory=Counter)
+    _open: dict[int, Call] = field(default_factory=dict)
+    _late: set[str] = field(default_factory=set)
+    _next: int = 0
+    _nodes: Mapping[int, NodeState] = field(default_factory=dict)
+    _looked: float = 0.0
+
+    def call(self, site: int, build: Callable[[bool], Message], limit: float | None = None) -> int:
+        """Ask a site; ``build`` makes the request (True: the site lacks broadcasts). Returns a ticket."""
+        ticket, self._next = self._next, self._next + 1
+        self._open[ticket] = Call(site, build, limit, time.monotonic())
+        self._pump()
+        return ticket
+
+    def wait(self, ticket: int) -> Message | str:
+        """The answer, or why there is none."""
+        while self._open[ticket].answer is None:
+            time.sleep(POLL)
+            self._pump()
+        answer = self._open.pop(ticket).answer
+        assert answer is not None
+        return answer
+
+    def here(self) -> set[int]:
+        """The sites that are online."""
+        self._look()
+        return {site for site, node in self._nodes.items() if node.online}
+
+    def _pump(self) -> None:
+        """Move every call on by what can be done without waiting."""
+        try:
+            self.link.beat()
+            self._look()
+            for c in self._open.values():
+                if c.answer is None:
+                    self._send(c)
+            waiting = {c.number: c for c in self._open.values() if c.number and c.answer is None}
+            for number, found in self.link.take([*waiting, *self._late]):
+                if number in waiting:
+                    self._take(waiting[number], found)
+                elif number in self._late:
+                    self._late.discard(number)
+                    self.counts["late answers"] += isinstance(found, Message)
+        except LinkLost:
+            self.counts["links lost"] += 1
+            self.link.mend()
+            self._late.clear()
+            for c in self._open.values():
+                c.number = ""
+        for c in self._open.values():
+            if c.answer is None:
+                self._give_up(c)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked >= NODES:
+            self._nodes, self._looked = self.link.nodes(), now
+
+    def _send(self, c: Call) -> None:
+        node = self._nodes.get(c.site)
+        if node is None or not node.online:
+            return
+        if c.number and c.activated == node.activated:
+            return  # on its way
+        if c.number:
+            self._late.add(c.number)  # its node was started anew and has forgotten; or it answers twice
+            self.counts["requests sent again"] += 1
+        c.number, c.activated = self.link.send(c.site, c.build(c.lacking), TTL), node.activated
+
+    def _take(self, c: Call, found: Message | Lost) -> None:
+        if isinstance(found, Lost):
+            if found.again:
+                self.counts["requests sent again"] += 1
+                c.number = ""
+            else:
+                self.counts["answers refused"] += 1
+                c.answer = found.why
+        elif found.kind == FAILED:
+            c.answer = str(found.facts.get("error", "")) or "it failed and did not say why"
+        elif found.kind == "lacks" and not c.lacking:
+            self.counts["whole replicas sent again"] += 1
+            c.lacking, c.number = True, ""
+        else:
+            c.answer = found
+
+    def _give_up(self, c: Call) -> None:
+        now, node = time.monotonic(), self._nodes.get(c.site)
+        if node is not None and node.online:
+            c.away = now
+        away = now - max(c.away, c.began)
+        if c.limit is not None and now - c.began > c.limit:
+            c.answer = f"no answer within {c.limit:g} s"
+        elif away > self.patience:
+            c.answer = f"the site has been away for {away:.0f} s"
+        if c.answer is not None and c.number:
+            self._late.add(c.number)
+
+
+class DeployedWorkers:
+    """See :class:`~atoll.federated.backends.inline.InlineWorkers` for the contract."""
+
+    def __init__(self, setup: Setup, board: Switchboard, run: str) -> None:
+        self.setup, self.board = setup, board
+        self.local = Worker(setup, NoStates())
+        self.dispatch = Dispatch(setup.method.share, run)
+        self._jobs: dict[int, Job] = {}
+
+    def publish(self, publication: Publication) -> None:
+        self.local.publish(publication.replica)
+        self.dispatch.publish(publication)
+
+    def submit(self, jobs: Sequence[Job]) -> list[int]:
+        tickets = []
+        for job in jobs:
+            ticket = self.board.call(job.site, self._request(job), self.setup.timeout)
+            self._jobs[ticket] = job
+            tickets.append(ticket)
+        return tickets
+
+    def _request(self, job: Job, part: str | None = None) -> Callable[[bool], Message]:
+        return lambda lacking: self.dispatch.request(job, part, lacking)
+
+    def result(self, ticket: int) -> Outcome:
+        return self.dispatch.outcome(self.board.wait(ticket), self._jobs.pop(ticket))
+
+    def release(self, ticket: int) -> None:
+        """Answers own their tensors."""
+
+    def evaluate(self, sites: Sequence[tuple[int, str | None]], part: str) -> list[dict[str, float]]:
+        """Metrics of each site, {} where a site is away or keeps them to itself."""
+        jobs = [Job(site, self.dispatch.version, state_tag=tag) for site, tag in sites]
+        tickets = [self.board.call(job.site, self._request(job, part), self.setup.timeout) for job in jobs]
+        return [self._metrics(self.board.wait(t), job) for t, job in zip(tickets, jobs, strict=True)]
+
+    def _metrics(self, answer: Message | str, job: Job) -> dict[str, float]:
+        try:
+            return self.dispatch.metrics(answer, job)
+        except SiteFailed:
+            self.board.counts["evaluations without an answer"] += 1
+            return {}
+
+    def finish(self, tags: Mapping[int, str]) -> dict[str, Any]:
+        """Bring the last broadcast to every site and have it save its model; which sites did, and what it took to
+        reach them."""
+        jobs = [Job(site, self.dispatch.version, state_tag=tags.get(site)) for site in range(len(self.setup.profiles))]
+        tickets = [self.board.call(job.site, self._final(job), self.setup.timeout) for job in jobs]
+        answers = [self.board.wait(t) for t in tickets]
+        saved = [job.site for job, a in zip(jobs, answers, strict=True) if isinstance(a, Message)]
+        refused = {str(job.site): a for job, a in zip(jobs, answers, strict=True) if isinstance(a, str)}
+        return {"saved": saved, "refused": refused, "wire": dict(self.board.counts)}
+
+    def _final(self, job: Job) -> Callable[[bool], Message]:
+        def build(lacking: bool) -> Message:
+            request = self.dispatch.request(job, "test", lacking)
+            return Message(FINISH, request.parts, {k: v for k, v in request.facts.items() if k != "part"})
+
+        return build
+
+    def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
+        tickets = {site: self.board.call(site, _always(m), self.setup.timeout) for site, m in requests.items()}
+        return {site: self.board.wait(ticket) for site, ticket in tickets.items()}
+
+    def close(self) -> None:
+        self.board.link.close()
+
+
+def _always(message: Message) -> Callable[[bool], Message]:
+    return lambda _: message
