@@ -73,9 +73,10 @@ def run(digits_task: Classification, digits_federation: Federation):  # type: ig
     return go
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def crew() -> Iterator[Crew]:
-    """Two actors of a Ray cluster on this machine, a backend for many runs: a start takes seconds."""
+    """Two actors of a Ray cluster on this machine, a backend for many runs: a start takes seconds. A program has one
+    cluster at a time, so it must end before other tests start theirs."""
     pytest.importorskip("ray")
     with Crew(Ray(workers=2)) as open_crew:
         yield open_crew

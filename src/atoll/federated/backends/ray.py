@@ -12,6 +12,7 @@ sum has come. What a site keeps lies in files, so it survives the actor that wro
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import logging
@@ -295,6 +296,7 @@ def _quietly() -> Iterator[None]:
         warnings.simplefilter("ignore")
         before = signal.getsignal(signal.SIGTERM)
         yield
+        gc.collect()  # files that Ray forgot to close warn when they are collected: now
         with contextlib.suppress(ValueError, TypeError):  # not in the main thread; not set from Python
             signal.signal(signal.SIGTERM, before)
 
