@@ -29,6 +29,8 @@ ARMS = {
     "pool, stock step": Arm(("arms/ours.py", "pool", "stock"), "bare pool"),
     "pool": Arm(("arms/ours.py", "pool", "auto"), "bare pool"),
     "flower": Arm(("arms/flower.py",), "bare pool", "flwr"),
+    "atoll on flower, stock step": Arm(("arms/ours.py", "flower", "stock"), "bare pool", "flwr"),
+    "atoll on flower": Arm(("arms/ours.py", "flower", "auto"), "bare pool", "flwr"),
 }
 
 

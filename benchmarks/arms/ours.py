@@ -1,4 +1,6 @@
-"""The same work in Atoll: ``inline`` or ``pool`` (two processes), with the ``auto`` or the ``stock`` step."""
+"""The same work in Atoll: ``inline``, ``pool`` (two processes) or ``flower`` (two actors of Flower's simulation engine),
+with the ``auto`` or the ``stock`` step.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from atoll.federated.backends.flower_simulation import FlowerSimulation
 from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.engine import federate
@@ -24,8 +27,8 @@ if __name__ == "__main__":
     clock, job = Clock(), Job(folder)
     task, sites = federation(Path(folder))
     method = fedavg(Training(lr=LR, batch_size=BATCH, step=step)).but(select=Uniform(count=PER_ROUND))
-    workers = {"inline": Inline(), "pool": ProcessPool(workers=2)}[backend]
-    rounds = federate(task, sites, method, rounds=len(job.plan), seed=SEED, backend=workers, evaluate_every=0)
+    backends = {"inline": Inline(), "pool": ProcessPool(workers=2), "flower": FlowerSimulation(workers=2)}
+    rounds = federate(task, sites, method, rounds=len(job.plan), seed=SEED, backend=backends[backend], evaluate_every=0)
     for _ in job.plan:
         clock.start()
         row = next(rounds)
