@@ -257,6 +257,8 @@ def test_a_refused_request_books_nothing_and_a_new_day_starts_anew(tmp_path: Pat
     clock[0] = DAY
     assert meter.today() == Day()
     assert meter.book(policy, 100) is None
+    (tmp_path / "b").rename(tmp_path / "old")  # an operator moves the book
+    assert meter.today() == Day()
 
 
 def test_epsilon_is_counted_over_all_runs_of_a_day(tmp_path: Path) -> None:
