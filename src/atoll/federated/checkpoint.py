@@ -59,6 +59,7 @@ def save(state: RunState, folder: Path, extra: Mapping[str, Any], durable: bool 
         "everyone": state.broadcast.everyone,
         "seen": _text_keys(state.seen), "tags": _text_keys(state.tags), "visits": _text_keys(state.visits),
         "history": state.history, "sent": state.sent, "flights": flights, "cohorts": state.cohorts,
+        "channels": {str(s): k.hex() for s, k in state.channels.items()},
         "shared": shared, "extra": dict(extra),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ def _unpack(saved: Message) -> tuple[RunState, dict[str, Any]]:
         visits={s: (r, n) for s, (r, n) in _int_keys(facts["visits"]).items()},
         history=[(r, b) for r, b in facts["history"]], sent=facts["sent"], flights=flights,
         cohorts=[(replies, asked, drawn) for replies, asked, drawn in facts["cohorts"]],
+        channels={s: bytes.fromhex(k) for s, k in _int_keys(facts.get("channels", {})).items()},
     )  # fmt: skip
     return state, facts["extra"]
 

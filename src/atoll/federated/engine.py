@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from atoll.federated.check import check_method
 from atoll.federated.devices import Devices
 from atoll.federated.ledger import Row
 from atoll.federated.method import Broadcast, CodecContext, DeviceProfile, MergeContext, Method, Reply, SiteInfo
+from atoll.federated.secure.cohort import CHANNEL, COHORT, SESSION
+from atoll.federated.secure.server import SecureRound, channel_key
 from atoll.federated.select.uniform import available
 from atoll.federated.visit import Job, Outcome, Publication, Setup, decode_chain, encode_chain
 
@@ -67,6 +70,8 @@ class RunState:
     flights: dict[int, Flight] = field(default_factory=dict)
     cohorts: list[tuple[int, int, bool]] = field(default_factory=list)
     """Of each merge, for the privacy accountant: accepted replies, sites asked, drawn by ``select`` from all sites."""
+    channels: dict[int, bytes] = field(default_factory=dict)
+    """Long-term public keys of sites, for secure sums."""
 
 
 class Engine:
@@ -80,6 +85,9 @@ class Engine:
         self.sites: Sequence[SiteInfo] = [setup.info(i) for i in range(len(setup.federation.sites))]
         self.dropped_tags: list[tuple[int, str]] = []
         self.row = Row(0)
+        self._sum: SecureRound | None = None
+        self._form: Message | None = None
+        self._session = secrets.token_hex(SESSION // 2)
         if state is None:
             self.state = RunState()
             self._open()
@@ -154,7 +162,7 @@ class Engine:
         """One merge: collect replies, combine, let the server act, broadcast."""
         s, m = self.state, self.method
         started = time.perf_counter()
-        self.row = Row(s.round)
+        self.row, self._sum = Row(s.round), None
         drawn = not s.broadcast.everyone and all(i.profile.availability >= 1 for i in self.sites)
         replies = _Counted(m.schedule.collect(self))
         context, tags = self.context(), dict(s.tags)
@@ -163,7 +171,7 @@ class Engine:
             if first is None:
                 self.row.note("no usable reply: the model stays as it is")
             else:
-                combined = m.combine.combine(_chain(first, replies), context)
+                combined = self._combine(_chain(first, replies), context)
                 for _ in replies:
                     pass  # a combiner may stop early; the schedule must not
                 context = replace(context, replies=replies.count)
@@ -185,6 +193,15 @@ class Engine:
         self.row.replies, self.row.time = replies.count, s.now
         self.row.seconds = time.perf_counter() - started
         return self.row
+
+    def _combine(self, replies: Iterator[Reply], context: MergeContext) -> Message:
+        if self._sum is None:
+            return self.method.combine.combine(replies, context)
+        for reply in replies:
+            self._sum.add(reply.site, reply.message)
+        for site, why in self._sum.unmask(self._ask(self._sum.unmasking())).items():
+            self.row.note(f"site {site} did not help to unmask the sum: {why}")
+        return self.method.combine.total(*self._sum.total())
 
     def _roll_back(self, tags: dict[int, str]) -> None:
         """Nothing of this merge counted, so sites keep what they had before it (control variates must fit the
@@ -230,22 +247,59 @@ class Engine:
         return sorted(idle[i] for i in drawn[: max(0, count)])
 
     def start(self, sites: Sequence[int]) -> None:
-        s, jobs = self.state, []
+        s, jobs, cohort = self.state, [], len(sites)
+        if self.method.secure is not None and sites:
+            sites, cohort = self._prepare(sites)
         for site in sites:
             last_round, repeat = s.visits.get(site, (-1, 0))
             repeat = repeat + 1 if last_round == s.round else 0
             s.visits[site] = (s.round, repeat)
             s.starts += 1
             down, missing = self.download(site)
+            told = self._sum.told(site) if self._sum is not None else None
+            if told is not None:
+                down += encoded_size(told.message(COHORT))
             s.seen[site] = s.round
             self.row.down(site, down)
             flight = Flight(site, s.round, repeat, s.now, self._bound(site, down), down)
             s.flights[site] = flight
             own = s.broadcast.per_site.get(site)
-            jobs.append((flight, Job(site, s.round, repeat, len(sites), own, s.tags.get(site), missing)))
+            tag = s.tags.get(site)
+            jobs.append((flight, Job(site, s.round, repeat, cohort, own, tag, missing, secure=told)))
         tickets = self.workers.submit([job for _, job in jobs])
         for (flight, _), ticket in zip(jobs, tickets, strict=True):
             flight.ticket = ticket
+
+    def _prepare(self, sites: Sequence[int]) -> tuple[list[int], int]:
+        """Open a secure sum: the sites that are in it, and how many it was opened for."""
+        s, workers = self.state, self.workers
+        for site, answer in self._ask({i: Message(CHANNEL) for i in sites if i not in s.channels}).items():
+            try:
+                s.channels[site] = channel_key(answer)
+            except AtollError as e:
+                self.row.refuse(site, str(e))
+        channels = {i: s.channels[i] for i in sites if i in s.channels}
+        if self._form is None:
+            self._form = workers.local.form(sites[0], len(sites))
+        dry = getattr(workers, "dry", False)
+        self._sum = SecureRound(self.method, self._session, s.round, channels, self._form, dry)
+        for site, why in self._sum.prepared(self._ask(self._sum.preparing())).items():
+            self.row.refuse(site, why)
+        return list(self._sum.cohort.keys), len(channels)
+
+    def _ask(self, requests: dict[int, Message]) -> Mapping[int, Message | str]:
+        """Put a question to sites, outside of visits; the clock moves to the last answer."""
+        answers: Mapping[int, Message | str] = self.workers.ask(requests) if requests else {}
+        last = 0.0
+        for site, request in requests.items():
+            answer, profile = answers[site], self.sites[site].profile
+            down, up = encoded_size(request), encoded_size(answer) if isinstance(answer, Message) else 0
+            self.row.down(site, down)
+            if up:
+                self.row.up(site, up)
+            last = max(last, down / profile.down_bytes_per_second + up / profile.up_bytes_per_second)
+        self.state.now += last
+        return answers
 
     def _bound(self, site: int, down: int) -> float:
         profile: DeviceProfile = self.sites[site].profile
@@ -345,10 +399,7 @@ class Engine:
             self.row.up(flight.site, flight.up_bytes)
             if flight.up_bytes > self.reply_limit:
                 raise BadReply(f"the reply has {flight.up_bytes:,} bytes, over the limit of {self.reply_limit:,}")
-            message = decode_chain(self.method.uplink, flight.reply)
-            if not message.finite():
-                raise BadReply("the reply holds NaN or infinite numbers")
-            self.method.share.check(message, s.replica)
+            message = self._read(flight.reply)
         except Exception as e:  # a hostile message may break a codec in ways that nobody foresaw
             foreseen = isinstance(e, AtollError)
             self.row.refuse(flight.site, str(e) if foreseen else f"unreadable reply ({type(e).__name__}: {e})")
@@ -362,6 +413,17 @@ class Engine:
             s.tags[flight.site] = outcome.state_tag
         staleness = s.round - flight.round
         return Reply(flight.site, message, outcome.num_samples, staleness)
+
+    def _read(self, reply: Message) -> Message:
+        """A reply, decoded and checked; masked ones have nothing but a form."""
+        if self._sum is not None:
+            self._sum.check(reply)
+            return reply
+        message = decode_chain(self.method.uplink, reply)
+        if not message.finite():
+            raise BadReply("the reply holds NaN or infinite numbers")
+        self.method.share.check(message, self.state.replica)
+        return message
 
     def _forget(self, flight: Flight) -> None:
         """The state that a refused visit wrote will never be read."""

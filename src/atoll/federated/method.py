@@ -31,6 +31,7 @@ from atoll.core.errors import BadReply
 from atoll.core.message import Message
 from atoll.core.streams import stream
 from atoll.core.tree import Parts, Tree, clone, copy_, named_tensors
+from atoll.federated.secure.secure_sum import SecureSum
 from atoll.privacy.accounting import Sampling
 
 if TYPE_CHECKING:
@@ -291,6 +292,8 @@ class Combine(Protocol):
            divisor    the constant that a sum is divided by, or None when it depends on the replies
            coordinatewise  compares replies coordinate by coordinate (zeros of a sparsifier would outvote the rest)
            least      fewest replies it can merge
+           summable   additive over floating-point numbers: ``term`` and ``total`` say how, for secure sums
+           counted    parts of a term that are added without the reply's weight
     """
 
     package: ClassVar[str] = "atoll.federated.combine"
@@ -298,6 +301,8 @@ class Combine(Protocol):
     accepts: ClassVar[tuple[str, ...]] = ("delta",)
     coordinatewise: ClassVar[bool] = False
     needs_public_data: ClassVar[bool] = False
+    summable: ClassVar[bool] = False
+    counted: ClassVar[tuple[str, ...]] = ()
 
     @property
     def weighted(self) -> bool:
@@ -312,6 +317,14 @@ class Combine(Protocol):
         return 1
 
     def combine(self, replies: Iterable[Reply], context: MergeContext) -> Message: ...
+
+    def term(self, message: Message, replica: Parts) -> Message:
+        """What a reply adds to the sum, before its weight (number of examples when ``weighted``, else 1)."""
+        return message
+
+    def total(self, sums: Message, weight: float) -> Message:
+        """The combined message from the sum of the weighted terms (whose tensors it may reuse) and of the weights."""
+        return sums
 
 
 class ServerStep(Protocol):
@@ -464,6 +477,8 @@ class Method:
     select: Select = _default("select")
     schedule: Schedule = _default("schedule")
     topology: Topology = _default("topology")
+    secure: SecureSum | None = None
+    """Masks under which replies are summed; None: the server sees each."""
     card: Card = field(default=Card(name="custom", area="federated method", summary="a composition of parts"))
     arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The builder's arguments, so that a run can write down its resolved recipe."""

@@ -25,13 +25,20 @@ from atoll.core.tree import Parts, Tree, clone, copy_, moved, named_tensors, pic
 from atoll.data.dataset import Federation, SiteData
 from atoll.federated.flops import flops_per_example
 from atoll.federated.method import Codec, CodecContext, DeviceProfile, Method, SiteInfo, Split
+from atoll.federated.secure.cohort import Cohort
+from atoll.federated.secure.site import SecureSite, Summand, summand
+from atoll.federated.secure.vault import SimulatedVault, Vault
 from atoll.federated.states import States
 from atoll.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """All that a worker needs to know, once."""
+    """All that a worker needs to know, once.
+
+    Attributes:
+        vault: what sites keep to themselves for secure sums; None in a simulation.
+    """
 
     task: Task
     method: Method
@@ -42,6 +49,7 @@ class Setup:
     threads: int = 1
     timeout: float | None = None
     state_folder: Path | None = None
+    vault: Vault | None = None
 
     def info(self, site: int) -> SiteInfo:
         return SiteInfo(site, len(self.federation.sites[site].train), self.profiles[site])
@@ -187,6 +195,7 @@ class Job:
         state_tag: names the site's committed state.
         missing: the broadcasts that the site has not received, oldest first; None when a snapshot of the replica is
             the cheaper way (or the only one) to bring it up to date.
+        secure: whom the reply is masked for.
     """
 
     site: int
@@ -197,6 +206,7 @@ class Job:
     state_tag: str | None = None
     missing: tuple[int, ...] | None = None
     dry: bool = False
+    secure: Cohort | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +247,8 @@ class Worker:
         self.setup, self.states = setup, states
         self._models: dict[object, SiteModel] = {}
         self.replica: Parts = {}
+        vault = setup.vault or SimulatedVault(setup.seed)
+        self.secure = SecureSite(setup.method, vault) if setup.method.secure is not None else None
         keep_freed_memory()
 
     def publish(self, replica: Parts) -> None:
@@ -329,21 +341,50 @@ class Worker:
     def _leave(self, job: Job, visit: Visit, parts: Parts, result: Result, seconds: float) -> Outcome:
         """Encode the reply, keep the site's state, and account."""
         s, method = self.setup, self.setup.method
-        message, num_samples = result.message, len(visit.data.train)
-        if any(c.private for c in method.uplink):
-            num_samples = 1  # the count is private too
-        else:
-            message = Message(message.kind, message.parts, {"num_samples": num_samples, **message.facts})
+        message, num_samples, metrics = result.message, len(visit.data.train), result.metrics
         codec_states: list[Parts] = [_under(parts, f"codec{i}.") for i in range(len(method.uplink))]
-        context = CodecContext(s.seed, job.round, job.site, job.cohort)
-        message, codec_states = encode_chain(method.uplink, message, codec_states, context)
+        if self.secure is not None:
+            message = self._masked(self.secure, job, self._summand(job, visit, message))
+            num_samples, metrics = 1, {}  # the sum alone is the server's business
+        else:
+            if any(c.private for c in method.uplink):
+                num_samples = 1  # the count is private too
+            else:
+                message = Message(message.kind, message.parts, {"num_samples": num_samples, **message.facts})
+            context = CodecContext(s.seed, job.round, job.site, job.cohort)
+            message, codec_states = encode_chain(method.uplink, message, codec_states, context)
         encoded_size(message)  # what cannot be encoded is the site's failure, not the server's
         tag = None
         if not job.dry:
             tag = self._keep(job, visit.at, result, codec_states)
         forward, backward = self.flops(self.site_model(job.site), job.site)
         flops = result.cost.forward * forward + result.cost.backward * backward
-        return Outcome(job.site, message, tag, num_samples, flops, seconds, result.metrics)
+        return Outcome(job.site, message, tag, num_samples, flops, seconds, metrics)
+
+    def _summand(self, job: Job, visit: Visit, message: Message) -> Summand:
+        """The update as integers, bounded first."""
+        s, method = self.setup, self.setup.method
+        context = CodecContext(s.seed, job.round, job.site, job.cohort)
+        bounding = tuple(c for c in method.uplink if not c.private)  # noise is drawn in whole steps, see SecureSum
+        message, _ = encode_chain(bounding, message, [{} for _ in bounding], context)
+        return summand(method, message, visit.replica, len(visit.data.train), context, lambda: visit.stream("secure"))
+
+    def _masked(self, secure: SecureSite, job: Job, update: Summand) -> Message:
+        """Nothing that was learned leaves without its masks."""
+        if job.dry:
+            return update.message()
+        if job.secure is None:
+            raise SiteFailed("this method sums in secret, and the server did not say with whom")
+        if len(job.secure.channels) != job.cohort:
+            raise SiteFailed("the server names another number of sites than take part in the secure sum")
+        secure.mask(job.site, job.secure, update.words)
+        return update.message(job.secure.scope)
+
+    def form(self, site: int, cohort: int) -> Message:
+        """What a reply to a secure sum looks like, before it is masked: that of a visit without steps."""
+        job = Job(site, 0, cohort=cohort, dry=True)
+        visit, _ = self._enter(job)
+        return self._summand(job, visit, self.setup.method.local.run(visit).message).message()
 
     def _keep(self, job: Job, at: SiteModel, result: Result, codec_states: list[Parts]) -> str | None:
         """Store all that the site keeps, under a new tag; the engine commits the tag when it accepts the reply."""
@@ -370,6 +411,8 @@ class Worker:
 
     def answer(self, site: int, request: Message) -> Message:
         """Answer a question that is not a visit; raises :class:`AtollError` for one that no site answers."""
+        if self.secure is not None and request.kind.startswith("secure."):
+            return self.secure.answer(site, request)
         raise SiteFailed(f"a site does not answer `{request.kind}`")
 
     def evaluate(self, site: int | None, state_tag: str | None, part: str = "test") -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 from atoll.core.errors import BadReply, MessageError
 from atoll.core.message import Message
 from atoll.core.tree import Tree
+from atoll.federated.secure.cohort import COHORT, Cohort
 from atoll.federated.visit import Job, Outcome
 
 VISIT, EVALUATE, OUTCOME, LACKS = "visit", "evaluate", "outcome", "lacks"
@@ -57,6 +58,7 @@ def pack(job: Job, deliveries: Iterable[Delivery], version: int, run: str, part:
         "run": run, "site": job.site, "round": job.round, "repeat": job.repeat, "cohort": job.cohort,
         "state_tag": job.state_tag, "version": version, "broadcasts": about,
         "own": _put(parts, "own.", job.message) if job.message is not None else None,
+        "secure": _put(parts, "secure.", job.secure.message(COHORT)) if job.secure is not None else None,
     }  # fmt: skip
     return Message(VISIT, parts, facts) if part is None else Message(EVALUATE, parts, {**facts, "part": part})
 
@@ -81,10 +83,12 @@ def unpack(message: Message) -> Request:
         content = _get(message, f"b{i}.", about, used)
         one = _Facts(about)
         deliveries.append(Delivery(one.count("round"), content, one.count("after") - 1, one.flag("snapshot")))
-    own, tag = f.facts.get("own"), f.tag("state_tag")
+    own, tag, secure = f.facts.get("own"), f.tag("state_tag"), f.facts.get("secure")
+    site = f.count("site")
     job = Job(
-        f.count("site"), f.count("round"), f.count("repeat"), f.count("cohort"),
+        site, f.count("round"), f.count("repeat"), f.count("cohort"),
         _get(message, "own.", own, used) if own is not None else None, tag,
+        secure=Cohort.read(_get(message, "secure.", secure, used), site) if secure is not None else None,
     )  # fmt: skip
     _nothing_else(message, used)
     part = f.text("part") if message.kind == EVALUATE else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from atoll.federated import checkpoint
 from atoll.federated.backends.inline import InlineWorkers
 from atoll.federated.check import check_method
 from atoll.federated.engine import Engine
+from atoll.federated.secure.site import blank
 from atoll.federated.visit import Job, Outcome, Setup
 
 BUDGET = 10.0
@@ -87,7 +88,7 @@ class DryWorkers(InlineWorkers):
         super().__init__(replace(setup, state_folder=None, timeout=None))
         self._known: dict[int, Outcome] = {}
         self._forms: dict[tuple[object, ...], Parts] = {}
-        self._reuse = not setup.method.share.incremental
+        self._reuse = not setup.method.share.incremental and setup.method.secure is None
 
     def result(self, ticket: int) -> Outcome:
         job = replace(self._jobs.pop(ticket), dry=True, state_tag=None)
@@ -104,6 +105,9 @@ class DryWorkers(InlineWorkers):
         kind, parts, facts = outcome.message.kind, outcome.message.parts, outcome.message.facts
         form = tuple((p, n, t.shape, t.dtype) for p, tree in parts.items() for n, t in tree.items())
         return replace(outcome, message=Message(kind, self._forms.setdefault(form, parts), facts))
+
+    def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
+        return {site: blank(site, request) for site, request in requests.items()}
 
     def evaluate(self, sites: Sequence[tuple[int, str | None]], part: str) -> list[dict[str, float]]:
         return [{} for _ in sites]
@@ -167,6 +171,8 @@ def _measure(
     """Seconds of all training and peak bytes, scaled from real visits to a site of middle size (their replies are
     thrown away)."""
     local = engine.workers.local
+    local.setup = replace(setup, method=setup.method.but(secure=None))  # masks need peers, and little time
+    local.secure = None
     sizes = sorted((len(s.train), i) for i, s in enumerate(setup.federation.sites))
     job = Job(sizes[len(sizes) // 2][1], engine.state.round, cohort=max(1, per_round))
     local.run(job)  # the first visit pays for imports and warm-up

@@ -30,6 +30,7 @@ from atoll.federated.device_profiles.uniform import Uniform
 from atoll.federated.devices import Devices
 from atoll.federated.method import Backend, Codec, Combine, Method, Schedule, Select, Topology
 from atoll.federated.methods.fedavg import fedavg
+from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.simulate.attacks import Attack, Hostile
 from atoll.models.mlp import MLP
 from atoll.models.model import ModelBuilder
@@ -56,6 +57,7 @@ class Recipe:
         rounds: merges.
         uplink, downlink: codecs, instead of the method's.
         combine, select, schedule, topology: parts instead of the method's.
+        secure: masks under which the server learns only the sum of the updates.
         devices: hardware of the sites.
         attack: what hostile sites do; for simulations that measure a defence.
         hostile: fraction of the sites that are hostile.
@@ -89,6 +91,7 @@ class Recipe:
     select: Select | None = None
     schedule: Schedule | None = None
     topology: Topology | None = None
+    secure: SecureSum | None = None
     devices: Devices = field(default_factory=Uniform)
     attack: Attack | None = None
     hostile: Annotated[float, Ge(0), Lt(1)] = 0.2
@@ -140,7 +143,7 @@ class Recipe:
 
 
 DEFAULT_SITES = 10
-PARTS = ("uplink", "downlink", "combine", "select", "schedule", "topology")
+PARTS = ("uplink", "downlink", "combine", "select", "schedule", "topology", "secure")
 
 
 def read_recipe(value: Any, where: str = "recipe") -> Recipe:

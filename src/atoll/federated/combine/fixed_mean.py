@@ -45,6 +45,7 @@ class FixedMean(Combine):
 
     count: Annotated[float, Gt(0)]
     additive: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
     accepts: ClassVar[tuple[str, ...]] = ("*",)
 
     @property
@@ -63,6 +64,9 @@ class FixedMean(Combine):
                 for part, tree in parts.items():
                     add_(total.parts[part], tree)
         assert total is not None  # the engine merges when there is at least one reply
-        for tree in total.parts.values():
+        return self.total(total)
+
+    def total(self, sums: Message, weight: float = 0.0) -> Message:
+        for tree in sums.parts.values():
             scale_(tree, 1.0 / self.count)
-        return total
+        return sums

@@ -26,6 +26,7 @@ class WeightedMean(Combine):
     by: Literal["samples", "uniform"] = "samples"
     staleness: float = 0.0
     additive: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
     accepts: ClassVar[tuple[str, ...]] = ("*",)
 
     @property
@@ -49,8 +50,11 @@ class WeightedMean(Combine):
                 for part, tree in parts.items():
                     add_(sums[part], tree, alpha=step)
             total += weight
-        if not total:
+        return self.total(Message(kind, sums), total)
+
+    def total(self, sums: Message, weight: float) -> Message:
+        if not weight:
             raise BadReply("the sites that replied have no training examples, so their replies weigh nothing")
-        for tree in sums.values():
-            scale_(tree, 1.0 / total)
-        return Message(kind, sums)
+        for tree in sums.parts.values():
+            scale_(tree, 1.0 / weight)
+        return sums
