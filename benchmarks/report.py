@@ -19,7 +19,7 @@ def main() -> None:
         runs = record.get("runs", [])
         covers = sorted({run["model"] for run in runs}) + sorted({run["arm"] for run in runs})
         latest[path.name.split("-")[0], *covers] = record, path.name
-    tables = {"simulation": simulation, "combine": combine}
+    tables = {"simulation": simulation, "combine": combine, "load": load}
     text = "\n\n".join(tables[key[0]](*found) for key, found in sorted(latest.items()) if key[0] in tables)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(START)
@@ -75,6 +75,30 @@ def combine(record: dict[str, Any], name: str) -> str:
             f"{record['grown_models']:.1f} models. {where(record, name)}",
         ]
     )
+
+
+def load(record: dict[str, Any], name: str) -> str:
+    rows = [
+        "| backend | ms a round [min-max] | sites a second | first result, s [min-max] | peak MB |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in sorted({r["arm"] for r in record["runs"]}):
+        good = [r for r in record["runs"] if r["arm"] == arm and "error" not in r]
+        timed = [r for r in good if "round_s" in r]
+        if timed:
+            each = spread([r["round_s"] * 1e3 for r in timed])
+            first = spread([r["first_result_s"] for r in timed])
+            peak = max((r["peak_mb"] for r in good if "peak_mb" in r), default="")
+            rows.append(
+                f"| {arm} | {each[0]:.0f} [{each[1]:.0f}-{each[2]:.0f}] | {record['per_round'] / each[0] * 1e3:,.0f} | "
+                f"{first[0]:.2f} [{first[1]:.2f}-{first[2]:.2f}] | {peak} |"
+            )
+    bits = "the same weights to the bit" if record["same_weights"] else "weights that DIFFER"
+    about = (
+        f"{record['sites']:,} sites, {record['per_round']:,} a round, {record['rounds']} rounds after the first, "
+        f"{record['repetitions']} repetitions; all ended with {bits}. {where(record, name)}"
+    )
+    return "\n".join(["### Many sites on every backend", "", about, "", *rows])
 
 
 if __name__ == "__main__":

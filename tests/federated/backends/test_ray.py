@@ -165,18 +165,19 @@ def test_what_cannot_be_sent_is_said(setup):
 
 @dataclass(frozen=True)
 class Misbehaving(LocalWork):
-    """Site 1 does something nasty: at every visit, or, where a note is to be left, once."""
+    """Site 1 does something nasty: at every visit from round ``after``, or, where a note is to be left, once."""
 
     what: str
     note: Path | None = None
+    after: int = 0
     inner: LocalSGD = field(default_factory=LocalSGD)
 
     def run(self, visit):
         result = self.inner.run(visit)
-        if visit.site.site != 1:
+        if visit.site.site != 1 or visit.round < self.after:
             return result
         if self.note is not None:
-            if visit.round == 0 or self.note.exists():
+            if self.note.exists():
                 return result
             self.note.touch()
         if self.what == "raise":
@@ -197,7 +198,7 @@ class Misbehaving(LocalWork):
 
 def test_a_visit_whose_actor_dies_is_done_again(run, crew, tmp_path):
     ours, inner = scaffold(), scaffold().local
-    rows = run(ours.but(local=Misbehaving("die", tmp_path / "note", inner)), backend=crew)
+    rows = run(ours.but(local=Misbehaving("die", tmp_path / "note", 1, inner)), backend=crew)
     assert (tmp_path / "note").exists()
     assert all(row.refused == {} for row in rows)
     plain = run(ours)
@@ -214,6 +215,26 @@ def test_a_visit_that_kills_two_actors_is_the_sites_failure(run, crew):
 
 
 REASONS = {"raise": "disk full", "nan": "NaN", "unspeakable": "", "hang": "no answer within 0.5 s"}
+
+
+@pytest.mark.parametrize("what", ["nothing", "die", "stuck"])
+def test_short_visits_share_a_call_and_their_fates_are_their_own(run, crew, monkeypatch, what):
+    monkeypatch.setattr(backend, "GRACE", 0.3)
+    monkeypatch.setattr(backend, "SPREAD", 0.1)
+    together, call = [], backend.RayWorkers._call
+
+    def watched(self, seat, tickets):
+        together.append(len(tickets))
+        call(self, seat, tickets)
+
+    monkeypatch.setattr(backend.RayWorkers, "_call", watched)
+    ours = Misbehaving(what, after=1)
+    rows = run(Method(local=ours), rounds=2, backend=crew, timeout=0.4 if what == "stuck" else None)
+    plain = run(Method(local=replace(ours, what="nothing" if what == "nothing" else "raise")), rounds=2)
+    assert max(together) > 1
+    assert [list(r.refused) for r in rows] == [list(r.refused) for r in plain]
+    assert [r.metrics for r in rows] == [r.metrics for r in plain]
+    assert equal(weights(plain), weights(rows))
 
 
 @pytest.mark.parametrize("what", REASONS)
@@ -282,14 +303,14 @@ def test_a_cluster_without_room_is_said(run, crew, monkeypatch):
 
 
 def test_replies_wait_in_bounded_memory_and_the_sum_is_the_same(run, crew, monkeypatch):
-    held = []
-    assign = backend.RayWorkers._assign
+    held, call = [], backend.RayWorkers._call
 
-    def watched(self, seat, ticket):
-        assign(self, seat, ticket)
+    def watched(self, seat, tickets):
+        call(self, seat, tickets)
         held.append(len(self._held))
 
-    monkeypatch.setattr(backend.RayWorkers, "_assign", watched)
+    monkeypatch.setattr(backend.RayWorkers, "_call", watched)
+    monkeypatch.setattr(backend, "SPREAD", 0.1)
     monkeypatch.setattr(crew, "about", Ray(workers=2, held_bytes=1))
     tight = run(fedavg(), backend=crew)
     assert equal(weights(run(fedavg())), weights(tight))
@@ -309,7 +330,7 @@ def test_a_site_goes_to_the_actor_that_knows_it_unless_another_would_idle(worker
     assert workers._choose(b, None) == 1
     del workers._waiting[0]
     assert workers._choose(a, None) == 1, "idle: takes what another knows"
-    a.calls["running"] = 0
+    a.calls["running"] = [4]
     assert workers._choose(a, None) is None, "busy: leaves it to the other"
     assert workers._choose(a, 2) == 2, "somebody waits for it"
     workers._held, workers._reply_size = set(range(100, 104)), 1 << 40

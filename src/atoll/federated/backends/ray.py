@@ -28,7 +28,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
 START_LIMIT = 300.0  # seconds without a single actor, before we say that the cluster has no room
 SMALL = 4096  # bytes: smaller arrays travel within the pickle, where they cost less than an entry of their own
+SPREAD = 4  # calls that each actor should still get while several visits go into one: the last ones even things out
 TRIES = 2  # actors that a visit may outlive: its work is deterministic, so a second death is the site's own doing
 
 
@@ -97,23 +98,25 @@ class Host:
         self.worker, self.version = Worker(setup, FileStates(setup.state_folder)), -1
         return seen, socket.gethostname()
 
-    def visit(self, version: int, replica: list[Any], job: Job, own: bytes | None) -> tuple[Outcome, Any]:
-        """The outcome, and its message apart from it as wire bytes, or None."""
+    def do(self, version: int, replica: list[Any], orders: list[tuple[Any, ...]]) -> tuple[float, list[Any]]:
+        """Do each order with the replica that ``version`` names; returns seconds in all, and an answer for each."""
         self._receive(version, replica)
+        started = time.perf_counter()
+        answers = [getattr(self, what)(*about) for what, *about in orders]
+        return time.perf_counter() - started, answers
+
+    def _visit(self, job: Job, own: bytes | None) -> tuple[Outcome, Any]:
+        """The outcome, and its message apart from it as wire bytes, or None."""
         if own is not None:
             job = replace(job, message=detach(decode(own, NO_LIMITS)))
         outcome = self.worker.run(job)
         wire = np.frombuffer(encode(outcome.message), np.uint8) if outcome.message is not None else None
         return replace(outcome, message=None), wire
 
-    def evaluate(
-        self, version: int, replica: list[Any], site: int, tag: str | None, part: str
-    ) -> dict[str, float] | str:
-        self._receive(version, replica)
+    def _evaluate(self, site: int, tag: str | None, part: str) -> dict[str, float] | str:
         return _evaluate(self.worker, site, tag, part)
 
-    def ask(self, version: int, replica: list[Any], site: int, request: bytes) -> bytes | str:
-        self._receive(version, replica)
+    def _ask(self, site: int, request: bytes) -> bytes | str:
         said = answer(self.worker, site, decode(request, NO_LIMITS))
         return said if isinstance(said, str) else bytes(encode(said))
 
@@ -197,11 +200,11 @@ def _by_value(name: str | None, registered: list[Any]) -> None:
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """An actor. ``since``: when its current call began, or it got ready; ``ready``: it has taken up the run;
-    ``sees``: its machine sees the folder of the states."""
+    """An actor. ``calls``: the tickets of each, the current one first; ``since``: when that began, or the actor got
+    ready; ``ready``: it has taken up the run; ``sees``: its machine sees the folder of the states."""
 
     handle: Any
-    calls: dict[Any, int] = field(default_factory=dict)
+    calls: dict[Any, list[int]] = field(default_factory=dict)
     since: float = 0.0
     ready: bool = False
     sees: bool = True
@@ -337,7 +340,7 @@ class RayWorkers:
         self._deaths = Counter[int]()
         self._seat_of: dict[Any, Seat] = {}
         self._reply_size = 0
-        self._visit_seconds = math.inf  # of the last visit
+        self._seconds: dict[str, float] = {}  # of the last visits, evaluations and answers
         self._next = 0
         for seat in crew.seats:
             self._welcome(seat)
@@ -373,7 +376,7 @@ class RayWorkers:
             self._dispatch()
 
     def evaluate(self, sites: Sequence[tuple[int, str | None]], part: str) -> list[dict[str, float]]:
-        tickets = self._queue([("evaluate", site, tag, part) for site, tag in sites])
+        tickets = self._queue([("_evaluate", site, tag, part) for site, tag in sites])
         answers = [self._wait(ticket) for ticket in tickets]
         for (site, _), found in zip(sites, answers, strict=True):
             if isinstance(found, str):
@@ -381,7 +384,7 @@ class RayWorkers:
         return answers
 
     def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
-        tickets = self._queue([("ask", site, bytes(encode(request))) for site, request in requests.items()])
+        tickets = self._queue([("_ask", site, bytes(encode(request))) for site, request in requests.items()])
         answers = [self._wait(ticket) for ticket in tickets]
         read = [a if isinstance(a, str) else detach(decode(a, NO_LIMITS)) for a in answers]
         return dict(zip(requests, read, strict=True))
@@ -414,12 +417,31 @@ class RayWorkers:
 
     def _dispatch(self, urgent: int | None = None) -> None:
         """Hand waiting work to actors that have room. ``urgent``: a ticket that somebody waits for."""
-        for depth in range(2 if self._visit_seconds < SHORT else 1):
+        for depth in range(2):
             for seat in self._crew.seats:
-                if seat.ready and len(seat.calls) == depth:
-                    ticket = self._choose(seat, urgent)
-                    if ticket is not None:
-                        self._assign(seat, ticket)
+                if seat.ready and len(seat.calls) == depth and (tickets := self._take(seat, urgent)):
+                    self._call(seat, tickets)
+
+    def _take(self, seat: Seat, urgent: int | None) -> list[int]:
+        """The tickets of an actor's next call: several, where each takes less time than a call. An actor that is busy
+        gets its next one ahead of time only if it is short: who is free first takes long ones, which balances."""
+        taken: list[int] = []
+        while (ticket := self._choose(seat, urgent)) is not None:
+            kind = self._kind(ticket)
+            seconds = self._seconds.get(kind, math.inf)
+            if taken:
+                spread = SPREAD * len(self._crew.seats)
+                if len(taken) * seconds > SHORT or len(taken) * spread > len(taken) + len(self._waiting):
+                    break
+                if kind != self._kind(taken[0]) or self._deaths[ticket] or self._deaths[taken[0]]:
+                    break  # who has seen an actor die goes alone
+            elif seat.calls and seconds > SHORT:
+                break
+            del self._waiting[ticket]
+            taken.append(ticket)
+            if kind == "_visit":
+                self._held.add(ticket)
+        return taken
 
     def _choose(self, seat: Seat, urgent: int | None) -> int | None:
         """What this actor should do next: rather the next site that it or nobody has served before than the next."""
@@ -432,19 +454,23 @@ class RayWorkers:
         own = (t for t in near if self._home.get(self._site(t), seat) is seat)
         return next(own, near[0] if near and not seat.calls else None)
 
-    def _assign(self, seat: Seat, ticket: int) -> None:
-        del self._waiting[ticket]
-        work, now = self._work[ticket], (self._version, self._replica)
-        if isinstance(work, Job):
-            own = bytes(encode(work.message)) if work.message is not None else None
-            call = seat.handle.visit.remote(*now, replace(work, message=None), own)
-            self._held.add(ticket)
-        else:
-            call = getattr(seat.handle, work[0]).remote(*now, *work[1:])
+    def _call(self, seat: Seat, tickets: list[int]) -> None:
+        orders = []
+        for work in (self._work[t] for t in tickets):
+            if isinstance(work, Job):
+                own = bytes(encode(work.message)) if work.message is not None else None
+                orders.append(("_visit", replace(work, message=None), own))
+            else:
+                orders.append(work)
+        call = seat.handle.do.remote(self._version, self._replica, orders)
         if not seat.calls:
             seat.since = time.monotonic()
-        seat.calls[call], self._seat_of[call] = ticket, seat
-        self._home[self._site(ticket)] = seat
+        seat.calls[call], self._seat_of[call] = tickets, seat
+        self._home.update((self._site(t), seat) for t in tickets)
+
+    def _kind(self, ticket: int) -> str:
+        work = self._work[ticket]
+        return "_visit" if isinstance(work, Job) else str(work[0])
 
     def _site(self, ticket: int) -> int:
         work = self._work[ticket]
@@ -480,7 +506,13 @@ class RayWorkers:
         if not seat.ready:
             seat.ready, (seat.sees, seat.machine) = True, said
         else:
-            self._landed(seat, seat.calls.pop(call), said)
+            tickets = seat.calls.pop(call)
+            if isinstance(said, str):
+                said = 0.0, [said] * len(tickets)
+            else:
+                self._seconds[self._kind(tickets[0])] = said[0] / len(tickets)
+            for ticket, one in zip(tickets, said[1], strict=True):
+                self._landed(seat, ticket, one)
         seat.since = time.monotonic()
         self._dispatch()
 
@@ -499,23 +531,30 @@ class RayWorkers:
                 self._held.discard(ticket)
             else:
                 self._reply_size = max(self._reply_size, wire.nbytes)
-                self._visit_seconds = outcome.seconds
             said = outcome, wire
         self._done[ticket] = said
 
     def _patience(self) -> float | None:
         """Seconds until somebody is late."""
-        limit, seats = self.setup.timeout, self._crew.seats
-        ends = [s.since + limit + GRACE for s in seats if self._visiting(s)] if limit is not None else []
+        seats = self._crew.seats
+        ends = [self._due(s) for s in seats]
         if not any(s.ready for s in seats):
             ends.append(max(s.since for s in seats) + START_LIMIT)
-        return max(0.01, min(ends) - time.monotonic()) if ends else None
+        end = min(ends)
+        return max(0.01, end - time.monotonic()) if end < math.inf else None
+
+    def _due(self, seat: Seat) -> float:
+        """When an actor must have answered; infinity when it is not at visits, or these have no limit."""
+        limit = self.setup.timeout
+        current = next(iter(seat.calls.values()), [])
+        if limit is None or not seat.ready or not current or self._kind(current[0]) != "_visit":
+            return math.inf
+        return seat.since + limit * len(current) + GRACE
 
     def _end_late(self) -> None:
-        limit, seats, now = self.setup.timeout, self._crew.seats, time.monotonic()
-        if limit is not None:
-            for seat in [s for s in seats if self._visiting(s) and now - s.since > limit + GRACE]:
-                self._lost(seat, f"no answer within {limit:g} s, so its process was ended", late=True)
+        seats, now = self._crew.seats, time.monotonic()
+        for seat in [s for s in seats if now > self._due(s)]:
+            self._lost(seat, f"no answer within {self.setup.timeout:g} s, so its process was ended", late=True)
         if not any(s.ready for s in seats) and now - max(s.since for s in seats) > START_LIMIT:
             has, free = self._ray.cluster_resources(), self._ray.available_resources()
             raise RunError(
@@ -524,24 +563,22 @@ class RayWorkers:
                 "or lower `workers`, `threads` or `gpus`."
             )
 
-    def _visiting(self, seat: Seat) -> bool:
-        """Whether it is at a visit: neither starting nor evaluating, for which there is no limit."""
-        return seat.ready and bool(seat.calls) and isinstance(self._work[next(iter(seat.calls.values()))], Job)
-
     def _lost(self, seat: Seat, why: str, late: bool = False) -> None:
-        """An actor is gone, and a new one takes its place. What it was at is done once more, unless it was late; what
-        waited for it goes back to the queue."""
+        """An actor is gone, and a new one takes its place. What it was at is done once more, unless it was one visit
+        that is late; what waited for it goes back to the queue."""
         if not seat.ready:
             raise RunError(f"A Ray actor ended as it started: {why}")
         self._crew.dismiss(seat)
         self._seat_of = {call: s for call, s in self._seat_of.items() if s is not seat}
         self._home = {site: s for site, s in self._home.items() if s is not seat}
-        tickets = deque(seat.calls.values())
-        self._held.difference_update(tickets)
-        if tickets:
-            self._deaths[tickets[0]] += 1
-            if late or self._deaths[tickets[0]] == TRIES:
-                self._landed(seat, tickets.popleft(), why if late else f"its process died {TRIES} times")
-        self._waiting = {**dict.fromkeys(tickets), **self._waiting}
+        calls = list(seat.calls.values())
+        back = [t for call in calls for t in call]
+        self._held.difference_update(back)
+        for ticket in calls[0] if calls else ():
+            self._deaths[ticket] += 1
+            if (late and len(calls[0]) == 1) or self._deaths[ticket] == TRIES:
+                back.remove(ticket)
+                self._landed(seat, ticket, why if late else f"its process died {TRIES} times")
+        self._waiting = {**dict.fromkeys(back), **self._waiting}
         self._crew.muster(self.setup)
         self._welcome(self._crew.seats[-1])
