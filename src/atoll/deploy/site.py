@@ -106,10 +106,10 @@ class SiteProgram:
         recipe = self._recipe(message.facts.get("recipe"))
         self.guard.recipe(recipe, sites)
         own, fit, tokenizer = self._rows(recipe, site, sites)
-        self.guard.rows(own)
+        self.guard.rows(recipe, own)
         summary = describe(own, fit=fit, tokenizer=tokenizer)
         self._joined[run] = _Joined(self, run, site, sites, message.facts["recipe"], recipe, own)
-        return Message("summary", {}, {"summary": summary.facts()})
+        return self.leave(Message("summary", {}, {"summary": summary.facts()}))
 
     def _recipe(self, config: Any) -> Recipe:
         """The server's recipe, with this site's own rows in the place of the server's."""
@@ -137,21 +137,25 @@ class SiteProgram:
     def _first(self, message: Message) -> Message:
         joined = self._greeted(message)
         joined.adopt(message)
-        self.guard.sums(len(joined.own.train))
-        return Message("sums", {}, {"sums": first_moments(joined.own)})
+        self.guard.sums(joined.own)
+        return self.leave(Message("sums", {}, {"sums": first_moments(joined.own)}))
 
     def _second(self, message: Message) -> Message:
         joined, mean = self._greeted(message), message.facts.get("mean")
-        self.guard.sums(len(joined.own.train))
+        self.guard.sums(joined.own)
         if not isinstance(mean, Mapping):
             raise MessageError("the server sent no mean")
-        return Message("sums", {}, {"sums": second_moments(joined.own, mean)})
+        return self.leave(Message("sums", {}, {"sums": second_moments(joined.own, mean)}))
 
     def _begin(self, message: Message) -> Message:
         joined = self._greeted(message)
         joined.adopt(message)
         joined.keep(message.facts["agreed"])
         return Message("ready")
+
+    def leave(self, answer: Message) -> Message:
+        self.guard.again(encoded_size(answer), answer.kind)
+        return answer
 
     def _greeted(self, message: Message) -> _Joined:
         run = _text(message, "run")
@@ -172,7 +176,7 @@ class SiteProgram:
             recipe = self._recipe(kept["recipe"])
             self.guard.recipe(recipe, kept["sites"])
             own, _, _ = self._rows(recipe, kept["site"], kept["sites"])
-            self.guard.rows(own)
+            self.guard.rows(recipe, own)
             joined = _Joined(self, run, kept["site"], kept["sites"], kept["recipe"], recipe, own)
             joined.own = adopt(own, read_summary(kept["agreed"], "the server"))
             self._joined[run] = joined
@@ -210,6 +214,7 @@ class _Joined:
             setup = setup_of(self.recipe, {self.site: self.own}, self.sites, self.own.train.info)
             setup = replace(setup, device=p.device, threads=p.threads, timeout=p.guard.seconds(self.recipe.timeout))
             worker = Worker(setup, FileStates(self.folder / "states", durable=True))
+            p.guard.model(worker.site_model(self.site).model)
             self._end = RemoteSite(worker, self.site, self.folder, self.name)
         return self._end
 
@@ -218,25 +223,27 @@ class _Joined:
     def answer(self, message: Message, request: Request) -> Message:
         """Do a visit, evaluate, or finish. A visit that was done before is answered with the same bytes: another try
         would draw other noise, and two noisy answers say more than the rules allow for one."""
+        guard = self.program.guard
         if message.kind == EVALUATE:
-            self.program.guard.evaluate()
-            return self.end.handle(message)
+            guard.evaluation(self.own, request.part)
+            return self.program.leave(self.end.handle(message))
         if message.kind == FINISH:
             return self._finish(request)
-        name = [request.run, request.job.site, request.job.round, request.job.repeat]
+        job = request.job
+        name = [request.run, job.site, job.round, job.repeat]
         if (said := self._said(name)) is not None:
-            return said
-        guard, method = self.program.guard, self.end.worker.setup.method
-        guard.visit(self.recipe, method, request.job, self.sites)
+            return self.program.leave(said)
+        guard.cohort(job.cohort, self.sites)
         answer = self.end.handle(message)
         if answer.kind == OUTCOME and answer.facts["message"] is not None:
-            guard.leave(self.recipe, method, self.sites, answer.facts["message"]["kind"], encoded_size(answer))
+            method, about = self.end.worker.setup.method, f"run {self.name}, round {job.round}"
+            size, kind = encoded_size(answer), answer.facts["message"]["kind"]
+            guard.reply(method, kind, job.cohort, self.sites, size, about)
             self._say(name, answer)
         return answer
 
     def ask(self, message: Message) -> Message:
-        self.program.guard.question(message.kind)
-        return self.end.handle(message)
+        return self.program.leave(self.end.handle(message))
 
     def _say(self, name: list[Any], answer: Message) -> None:
         kept = Message(answer.kind, answer.parts, {"name": name, "facts": dict(answer.facts)})

@@ -63,6 +63,7 @@ class SiteModel:
         tensors: views of all parameters and buffers by name.
         initial: copies of what must be reset at each visit (private tensors of a new site, integer buffers).
         buffers: names of the tensors that are not parameters.
+        flops: of one forward and one backward pass for one example, by which parameters train.
     """
 
     model: nn.Module
@@ -70,7 +71,7 @@ class SiteModel:
     split: Split
     initial: Tree
     buffers: frozenset[str] = frozenset()
-    flops: tuple[float, float] | None = None
+    flops: dict[tuple[bool, ...], tuple[float, float]] = field(default_factory=dict)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters to train: shared or private, and requiring a gradient."""
@@ -402,12 +403,13 @@ class Worker:
 
     def flops(self, at: SiteModel, site: int | None) -> tuple[float, float]:
         """FLOPs of one forward and one backward pass for one example."""
-        if at.flops is None:
+        trains = tuple(p.requires_grad for p in at.model.parameters())  # of several adapters, one
+        if trains not in at.flops:
             sites = self.setup.federation.sites
             own = sites[site or 0].train
             rows = own if len(own) else next((s.train for s in sites if len(s.train)), own)
-            at.flops = flops_per_example(self.setup.task, at.model, rows, self.setup.device)
-        return at.flops
+            at.flops[trains] = flops_per_example(self.setup.task, at.model, rows, self.setup.device)
+        return at.flops[trains]
 
     def answer(self, site: int, request: Message) -> Message:
         """Answer a question that is not a visit; raises :class:`AtollError` for one that no site answers."""
