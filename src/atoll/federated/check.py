@@ -5,11 +5,15 @@ Rules read what parts declare (``method.py``, the "May" lines), never what they 
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from atoll.core.errors import RecipeError
+from atoll.core.errors import AtollError, RecipeError
 from atoll.federated.method import Codec, Method
+from atoll.federated.secure.secure_sum import bound
+from atoll.privacy.secure_sum import word
 
 CLIP, NOISE, SPARSIFY, QUANTISE = range(4)
 """``Codec.order``"""
@@ -34,6 +38,7 @@ def problems_of(m: Method) -> list[str]:
         *_chain("downlink", m.downlink),
         *_downlink(m),
         *_sparse(m),
+        *_secure(m),
     ] + [problem for codec in m.uplink if codec.private for problem in _private(m, codec)]
 
 
@@ -132,6 +137,72 @@ def _private(m: Method, noise: Codec) -> Iterator[str]:
             )
 
 
+def _secure(m: Method) -> Iterator[str]:
+    """What a sum under masks needs from the other parts."""
+    if m.secure is None:
+        return
+    secure = name(m.secure)
+    if not m.combine.additive:
+        yield (
+            f"{secure} shows the server nothing but a sum, and {name(m.combine)} looks at single replies; use "
+            f"WeightedMean instead of {name(m.combine)}, or leave `secure` out."
+        )
+    elif not m.combine.summable:
+        yield (
+            f"{secure} rounds floating-point numbers to steps, and {name(m.combine)} adds up something else; use "
+            f"WeightedMean or FixedMean instead of {name(m.combine)}, or leave `secure` out."
+        )
+    if not m.schedule.synchronous:
+        yield (
+            f"{secure} needs to know a round's cohort before its visits, which {name(m.schedule)} does not; use "
+            "Synchronous."
+        )
+    for c in m.uplink:
+        if c.order in (SPARSIFY, QUANTISE):
+            yield (
+                f"{secure} sends masked integers of its own, which cannot be added in the form that {name(c)} gives "
+                f"them; drop {name(c)}, and choose the `bits` of {secure} instead."
+            )
+    if m.local.data_dependent_size:
+        yield (
+            f"{secure} adds replies of one size, and those of {name(m.local)} depend on what was learned; use other "
+            "local work, or leave `secure` out."
+        )
+    if not m.share.same_model:
+        yield f"{secure} adds replies of one form, and under {name(m.share)} sites have models of their own."
+    if importlib.util.find_spec("cryptography") is None:
+        yield f"{secure} needs the package `cryptography`; `pip install atoll[secure]`."
+
+
+def _secure_with_data(m: Method, sizes: list[int]) -> Iterator[str]:
+    if m.secure is None or not m.combine.summable:
+        return
+    secure, asked = m.secure, m.select.sampling(len(sizes)).expected(len(sizes))
+    if asked < 2:
+        yield (
+            f"{name(secure)} hides an update among others, but {name(m.select)} asks {asked:g} of {len(sizes)} "
+            "sites a round; ask more."
+        )
+    if m.combine.weighted and max(sizes, default=0) > secure.most_samples:
+        yield (
+            f"{name(secure)} has room for {secure.most_samples:,} examples a site, and one has {max(sizes):,}; raise "
+            "`most_samples`, or use WeightedMean(by='uniform')."
+        )
+    try:
+        word(bound(m, len(sizes)))
+    except AtollError as e:
+        yield str(e)
+    for noise in m.uplink:
+        if noise.private and noise.noise:
+            own = noise.noise * (noise.assumes_bound or 0.0) / math.sqrt(max(1, len(sizes)) if noise.needs_sum else 1)
+            if own < 2 * secure.step:
+                need = math.ceil(math.log2(2 * secure.clip / own + 1)) + 1
+                yield (
+                    f"{name(secure)} has steps of {secure.step:.2g}, too coarse for a site's share of the noise of "
+                    f"{name(noise)}, {own:.2g}; use {name(secure)}(bits={need}), or a smaller `clip`."
+                )
+
+
 def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
     num_sites = len(federation.sites)
     keys = {task.model_key(i) for i in range(num_sites)}
@@ -143,6 +214,7 @@ def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
     for part in (m.combine, m.server):
         if part.needs_public_data and (federation.public is None or len(federation.public) == 0):
             yield f"{name(part)} needs public data at the server; give the data a `public` fraction."
+    yield from _secure_with_data(m, [len(site.train) for site in federation.sites])
     sampling = m.select.sampling(num_sites)
     expected = sampling.expected(num_sites)
     if m.combine.least > max(1.0, expected):  # an empty Poisson round is no mistake

@@ -199,8 +199,8 @@ class Engine:
             return self.method.combine.combine(replies, context)
         for reply in replies:
             self._sum.add(reply.site, reply.message)
-        for site, why in self._sum.unmask(self._ask(self._sum.unmasking())).items():
-            self.row.note(f"site {site} did not help to unmask the sum: {why}")
+        answers = self._ask(self._sum.unmasking())
+        self._sum.unmask(answers, lambda site, why: self.row.note(f"site {site} did not help to unmask: {why}"))
         return self.method.combine.total(*self._sum.total())
 
     def _roll_back(self, tags: dict[int, str]) -> None:
@@ -283,8 +283,7 @@ class Engine:
             self._form = workers.local.form(sites[0], len(sites))
         dry = getattr(workers, "dry", False)
         self._sum = SecureRound(self.method, self._session, s.round, channels, self._form, dry)
-        for site, why in self._sum.prepared(self._ask(self._sum.preparing())).items():
-            self.row.refuse(site, why)
+        self._sum.prepared(self._ask(self._sum.preparing()), self.row.refuse)
         return list(self._sum.cohort.keys), len(channels)
 
     def _ask(self, requests: dict[int, Message]) -> Mapping[int, Message | str]:

@@ -60,16 +60,23 @@ def commitment(seed: bytes) -> bytes:
 # ------------------------------------------------------------------------------------------- keys
 
 
-def public_key(seed: bytes) -> bytes:
-    """The X25519 public key of the private key that ``seed`` stands for."""
-    return bytes(_private(seed).public_key().public_bytes_raw())
+def private_key(seed: bytes) -> Any:
+    """The X25519 private key that ``seed`` stands for."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return X25519PrivateKey.from_private_bytes(prf(seed, "x25519"))
 
 
-def agree(seed: bytes, other: bytes, purpose: bytes) -> bytes:
-    """The 32-byte key that two owners of key pairs, and nobody else, can compute.
+def public_key(private: Any) -> bytes:
+    """32 bytes for everybody."""
+    return bytes(private.public_key().public_bytes_raw())
+
+
+def agree(private: Any, other: bytes, purpose: bytes) -> bytes:
+    """The 32-byte key that two owners of private keys, and nobody else, can compute.
 
     Args:
-        seed: stands for the own private key.
+        private: the own :func:`private_key`.
         other: the other's public key.
 
     Raises:
@@ -80,16 +87,10 @@ def agree(seed: bytes, other: bytes, purpose: bytes) -> bytes:
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     try:
-        secret = _private(seed).exchange(X25519PublicKey.from_public_bytes(other))
+        secret = private.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError as e:  # a point of small order would give a key that everybody knows
         raise BadReply("what was sent as a public key is none") from e
     return bytes(HKDF(SHA256(), KEY, salt=None, info=b"atoll secure sum " + purpose).derive(secret))
-
-
-def _private(seed: bytes) -> Any:
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
-    return X25519PrivateKey.from_private_bytes(prf(seed, "x25519"))
 
 
 # ------------------------------------------------------------------------------------------- shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from atoll.privacy.secure_sum import (
     at_zero,
     commitment,
     prf,
+    private_key,
     public_key,
     recover,
     remove_masks_,
@@ -62,19 +63,18 @@ class SecureRound:
             raise AtollError("a secure sum over one site is its update; ask more sites a round")
         return {site: self.cohort.message(PREPARE) for site in self.cohort.channels}
 
-    def prepared(self, answers: Mapping[int, Message | str]) -> dict[int, str]:
-        """Take the offers; returns why sites are left out."""
-        keys, refused = {}, {}
+    def prepared(self, answers: Mapping[int, Message | str], refuse: Callable[[int, str], None]) -> None:
+        """Take the offers; ``refuse`` hears why sites are left out. Raises when too few are in."""
+        keys = {}
         for site, answer in sorted(answers.items()):
             try:
                 keys[site] = self._offer(site, answer)
             except AtollError as e:
-                refused[site] = str(e)
+                refuse(site, str(e))
         c = self.cohort
         self.cohort = Cohort(c.session, c.round, c.channels, keys, {})
         if len(keys) < self.least:
             raise AtollError(f"{len(keys)} of {len(c.channels)} sites prepared a secure sum that needs {self.least}")
-        return refused
 
     def _offer(self, site: int, answer: Message | str) -> tuple[bytes, bytes]:
         tree = _tree(answer, OFFER, "offer")
@@ -117,15 +117,14 @@ class SecureRound:
             )
         return {site: self.told(site).message(UNMASK, self.survivors) for site in self.survivors}
 
-    def unmask(self, answers: Mapping[int, Message | str]) -> dict[int, str]:
-        """Remove the masks; returns why sites' shares are left out.
+    def unmask(self, answers: Mapping[int, Message | str], refuse: Callable[[int, str], None]) -> None:
+        """Remove the masks; ``refuse`` hears why sites' shares are left out.
 
         Raises:
             AtollError: too few sites gave shares, or wrong ones.
         """
         gone = [s for s in self.cohort.keys if s not in set(self.survivors)]
         held: dict[int, tuple[list[bytes], list[bytes]]] = {}
-        refused: dict[int, str] = {}
         for site, answer in sorted(answers.items()):
             try:
                 tree = _tree(answer, SHARES, "shares")
@@ -134,14 +133,13 @@ class SecureRound:
                     texts(tree.get("key"), len(gone), SHARE),
                 )
             except AtollError as e:
-                refused[site] = str(e)
+                refuse(site, str(e))
         if len(held) < self.least:
             raise AtollError(
                 f"{len(held)} of {len(self.survivors)} sites helped to unmask the secure sum, which needs {self.least}"
             )
         if not self.dry:
             self._remove(gone, dict(list(held.items())[: self.least]))
-        return refused
 
     def _remove(self, gone: list[int], held: Mapping[int, tuple[list[bytes], list[bytes]]]) -> None:
         weights, cohort = at_zero(list(held)), self.cohort
@@ -153,10 +151,11 @@ class SecureRound:
             own.append(prf(seed, "mask"))
         for i, site in enumerate(gone):
             seed = recover({holder: shares[i] for holder, (_, shares) in held.items()}, weights)
-            if public_key(seed) != cohort.keys[site][0]:
+            key = private_key(seed)
+            if public_key(key) != cohort.keys[site][0]:
                 raise BadReply(f"the shares of site {site}'s key do not fit")
             purpose = b"pair" + cohort.scope.encode()
-            dropped[site] = {s: agree(seed, cohort.keys[s][0], purpose) for s in self.survivors}
+            dropped[site] = {s: agree(key, cohort.keys[s][0], purpose) for s in self.survivors}
         remove_masks_(self.words, own, dropped)
 
     def total(self) -> tuple[Message, int]:

@@ -7,9 +7,10 @@ may be served by different processes, and one that is repeated gets the same ans
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from atoll.privacy.secure_sum import (
     commitment,
     digest,
     prf,
+    private_key,
     public_key,
     seal,
     share,
@@ -53,7 +55,8 @@ class SecureSite:
     def __init__(self, method: Method, vault: Vault) -> None:
         assert method.secure is not None
         self.method, self.secure, self.vault = method, method.secure, vault
-        self._channel = lru_cache(1 << 16)(self._agree)  # key agreements cost more than all else in a phase
+        self._long_term = lru_cache(1 << 16)(self._made)
+        self._channel = lru_cache(1 << 16)(self._agreed)  # key agreements cost more than all else in a phase
 
     def answer(self, site: int, request: Message) -> Message:
         """Serve a request outside of a visit; raises :class:`AtollError` for one that must not be served."""
@@ -68,10 +71,10 @@ class SecureSite:
 
     # ---------------------------------------------------------------- secrets
 
-    def _long_term(self, site: int) -> bytes:
-        return prf(self.vault.secret(site), "channel")
+    def _made(self, site: int) -> Any:
+        return private_key(prf(self.vault.secret(site), "channel"))
 
-    def _agree(self, site: int, peer: bytes) -> bytes:
+    def _agreed(self, site: int, peer: bytes) -> bytes:
         return agree(self._long_term(site), peer, b"channel")
 
     def _seeds(self, site: int, scope: str) -> tuple[bytes, bytes]:
@@ -79,14 +82,14 @@ class SecureSite:
         secret = self.vault.secret(site)
         return prf(secret, scope, "self")[:SEED], prf(secret, scope, "key")[:SEED]
 
-    def _shares(self, site: int, cohort: Cohort) -> dict[int, bytes]:
-        """For each site of the cohort, its shares of the self mask's seed and of the key's."""
+    def _shares(self, site: int, cohort: Cohort, holders: Iterable[int]) -> dict[int, bytes]:
+        """For each holder, its shares of the self mask's seed and of the key's."""
         secret, least = self.vault.secret(site), self.secure.least(len(cohort.channels))
         own, key = (
-            share(seed, least, cohort.channels, prf(secret, cohort.scope, "shares", i))
+            share(seed, least, holders, prf(secret, cohort.scope, "shares", i))
             for i, seed in enumerate(self._seeds(site, cohort.scope))
         )
-        return {holder: own[holder] + key[holder] for holder in cohort.channels}
+        return {holder: own[holder] + key[holder] for holder in holders}
 
     def _sealing(self, site: int, sender: int, receiver: int, cohort: Cohort) -> bytes:
         """The key for what ``sender`` tells ``receiver``, of which ``site`` is one."""
@@ -116,10 +119,11 @@ class SecureSite:
     def _prepare(self, site: int, cohort: Cohort) -> Message:
         self._enter(site, cohort)
         own, key = self._seeds(site, cohort.scope)
-        public, promise = public_key(key), commitment(own)
+        public, promise = public_key(private_key(key)), commitment(own)
+        peers = [s for s in cohort.channels if s != site]
         sealed = [
             seal(self._sealing(site, site, peer, cohort), text, public + promise)
-            for peer, text in self._shares(site, cohort).items() if peer != site
+            for peer, text in self._shares(site, cohort, peers).items()
         ]  # fmt: skip
         parts = {
             "public": rows([public], KEY), "commitment": rows([promise], KEY),
@@ -130,13 +134,13 @@ class SecureSite:
     def _opened(self, site: int, cohort: Cohort) -> dict[int, bytes]:
         """This site's shares of every prepared site's secrets: proof that the server has not changed their keys."""
         own, key = self._seeds(site, cohort.scope)
-        if cohort.keys.get(site) != (public_key(key), commitment(own)):
+        if cohort.keys.get(site) != (public_key(private_key(key)), commitment(own)):
             raise SiteFailed("the server has another key of this site for this round")
         out = {
             peer: unseal(self._sealing(site, peer, site, cohort), sealed, b"".join(cohort.keys[peer]))
             for peer, sealed in cohort.sealed.items()
         }
-        return {**out, site: self._shares(site, cohort)[site]}
+        return {**out, site: self._shares(site, cohort, [site])[site]}
 
     def mask(self, site: int, cohort: Cohort, words: Words) -> None:
         """Hide a site's integers, in place."""
@@ -147,7 +151,8 @@ class SecureSite:
                 f"a secure sum over {len(cohort.keys)} of {len(cohort.channels)} sites; {least} are needed"
             )
         self._opened(site, cohort)
-        own, key = self._seeds(site, cohort.scope)
+        own, seed = self._seeds(site, cohort.scope)
+        key = private_key(seed)
         pairs = {
             peer: agree(key, public, b"pair" + cohort.scope.encode())
             for peer, (public, _) in cohort.keys.items() if peer != site
