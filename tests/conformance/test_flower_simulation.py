@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -10,14 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 import atoll.federated.methods
+import atoll.flower
+from atoll.core.message import Message
 from atoll.core.tree import equal
 from atoll.federated.backends.flower_simulation import FlowerWorkers, start_nodes
 from atoll.federated.backends.inline import Inline
+from atoll.federated.codecs.quantise import Quantise
+from atoll.federated.codecs.top_k import TopK
 from atoll.federated.local.local_sgd import LocalSGD
 from atoll.federated.method import Backend
 from atoll.federated.methods.fedavg import fedavg
+from atoll.federated.methods.fedopt import fedopt
 from atoll.federated.methods.flora import flora
 from atoll.federated.select.uniform import Uniform
 
@@ -45,6 +52,27 @@ def engine():
     nodes.close()
 
 
+@contextlib.contextmanager
+def instead(nodes: Any, app: Any) -> Any:
+    """The engine's grid, with another app at the nodes for a while."""
+    ours, nodes.load.app = nodes.app, app
+    try:
+        yield nodes.grid
+    finally:
+        nodes.load.app = ours
+        nodes.link.answered.queue.clear()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a project's own function would load."""
+
+    federation: Any
+
+    def __call__(self, context: Any) -> Any:
+        return self.federation.sites[context.node_config["partition-id"]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_flower_equals_inline(name, run, digits_federation, engine):
     module = importlib.import_module(f"atoll.federated.methods.{name}")
@@ -69,32 +97,6 @@ def test_flower_equals_inline(name, run, digits_federation, engine):
     assert all(equal(state.server[p], state_.server[p]) for p in state.server)
 
 
-@dataclass(frozen=True)
-class Mishap(LocalSGD):
-    """In round 1, every site fails in its own way."""
-
-    def run(self, visit):
-        if visit.round == 1:
-            if visit.site.site == 0:
-                os._exit(7)
-            if visit.site.site == 1:
-                time.sleep(60)
-            if visit.site.site == 2:
-                sum(range(10**12))  # does not come back to Python, where a signal could end it
-            if visit.site.site == 3:
-                raise ValueError("no disk")
-        return super().run(visit)
-
-
-def test_every_failure_is_an_outcome(run, engine):
-    rows = run(fedavg().but(local=Mishap()), rounds=3, backend=engine, timeout=1.0)
-    assert [r.replies for r in rows] == [5, 1, 5]
-    assert rows[1].refused[0].startswith("its process died")
-    assert rows[1].refused[1] == "TimeoutError: no answer within 1 s"
-    assert rows[1].refused[2].startswith("its process died or gave no answer within 1 s")
-    assert rows[1].refused[3] == "ValueError: no disk"
-
-
 def test_a_site_that_lost_its_replica_gets_a_snapshot(run, engine, monkeypatch):
     """The files of all replicas vanish between two rounds: the bits stay, and nobody fails."""
     method = flora().but(select=Uniform(count=3))
@@ -110,9 +112,52 @@ def test_a_site_that_lost_its_replica_gets_a_snapshot(run, engine, monkeypatch):
     assert equal(a, b)
 
 
-def test_a_question_to_sites(run, engine):
-    from atoll.core.message import Message
+@pytest.mark.parametrize("name", ["fedavg", "fedopt", "codec"])
+def test_a_strategy_on_flowers_engine_equals_inline(name, run, digits_task, digits_federation, engine):
+    """The strategy and the ClientApp of `atoll.flower`, on the engine that `run_simulation` drives."""
+    codec = fedavg().but(uplink=(TopK(fraction=0.2), Quantise(bits=8)))
+    method = {"fedavg": fedavg(), "fedopt": fedopt(), "codec": codec}[name].but(select=Uniform(count=3))
+    rows = run(method)
+    strategy = atoll.flower.strategy(method, digits_task, 5, evaluate=False)
+    with instead(engine.nodes, atoll.flower.client_app(digits_task, method, Rows(digits_federation))) as grid:
+        result = strategy.start(grid, strategy.initial_arrays(), 3)
+    assert [r.up_bytes for r in strategy.rows] == [r.up_bytes for r in rows]
+    weights = rows[-1].engine.state.replica["weights"]
+    assert all(torch.equal(torch.from_numpy(result.arrays[n].numpy()), t) for n, t in weights.items())
 
+
+def test_a_question_to_sites(run, engine):
     answers = {}
     run(fedavg(), rounds=1, backend=engine, on_merge=lambda e, _: answers.update(e.workers.ask({2: Message("hello")})))
     assert answers == {2: "a site does not answer `hello`"}
+
+
+@dataclass(frozen=True)
+class Mishap(LocalSGD):
+    """In round 1, every site fails in its own way; site 0 only once."""
+
+    mark: str = ""
+
+    def run(self, visit):
+        if visit.round == 1:
+            if visit.site.site == 0 and not os.path.exists(self.mark):
+                open(self.mark, "w").close()
+                os._exit(7)
+            if visit.site.site == 1:
+                time.sleep(60)
+            if visit.site.site == 2:
+                sum(range(10**12))  # does not come back to Python, where a signal could end it
+            if visit.site.site == 3:
+                raise ValueError("no disk")
+        return super().run(visit)
+
+
+@pytest.mark.slow
+def test_every_failure_is_an_outcome(run, engine, tmp_path):
+    """A process that dies is started again and gets its visit once more; what fails then has failed."""
+    rows = run(fedavg().but(local=Mishap(mark=str(tmp_path / "died"))), rounds=3, backend=engine, timeout=0.5)
+    assert (tmp_path / "died").exists()
+    assert [r.replies for r in rows] == [5, 2, 5]
+    assert rows[1].refused[1] == "TimeoutError: no answer within 0.5 s"
+    assert rows[1].refused[2] == "its process died or gave no answer within 0.5 s"
+    assert rows[1].refused[3] == "ValueError: no disk"

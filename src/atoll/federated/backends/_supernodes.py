@@ -9,7 +9,6 @@ all of them for each node, and a grid asks for replies as often; here both are t
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import queue
@@ -91,14 +90,19 @@ class _Stop(threading.Event):
 
 
 class _Actors(RayBackend):
-    """Flower's actors, as many as we want, which Ray starts again when they die; a Ray that was there before stays."""
+    """Flower's actors, as many as we want; a Ray that was there before stays.
+
+    When an actor dies, Ray starts it again and gives it its message once more: Flower puts a dead actor back among the
+    idle ones, so the next message would fail for nothing.
+    """
 
     def __init__(self, workers: int, gpus: float) -> None:
         self.workers, self.ours = workers, not ray.is_initialized()
         if self.ours:
             with _python_path():
                 ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        super().__init__({"client_resources": {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1}})
+        lasting = {"max_restarts": -1, "max_task_retries": 1}
+        super().__init__({"client_resources": {"num_cpus": 1, "num_gpus": gpus, **lasting}})
 
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
         if self.pool is None:
@@ -129,52 +133,56 @@ class SuperNodes:
     """
 
     def __init__(self, count: int, workers: int, app: ClientApp, gpus: float = 0.0) -> None:
-        self.count, self.app = count, app
+        self.count = count
         self._log_level = logging.getLogger("flwr").level
         logging.getLogger("flwr").setLevel(CRITICAL)  # what goes wrong in a visit is the visit's outcome
         run = Run.create_empty(generate_rand_int_from_bytes(RUN_ID_NUM_BYTES))
         run.primary_task_id = generate_rand_int_from_bytes(TASK_ID_NUM_BYTES)
         run.federation_id = NOOP_FEDERATION_ID
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SUPERLINK_NODE_ID
-        self._link = _Link()
-        self._link.run_ids[run.run_id] = RunRecord(run=run)
-        self._link.task_store[run.primary_task_id] = Task(task_id=run.primary_task_id, run_id=run.run_id)
+        self.link = _Link()
+        self.link.run_ids[run.run_id] = RunRecord(run=run)
+        self.link.task_store[run.primary_task_id] = Task(task_id=run.primary_task_id, run_id=run.run_id)
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
-        factory.state_instance = self._link
-        self._grid = InMemoryGrid(factory)
-        self._grid.set_run(run)
-        self._stop = _Stop(self._link.sent)
-        load = functools.partial(_itself, app)
+        factory.state_instance = self.link
+        self.grid = InMemoryGrid(factory)
+        self.grid.set_run(run)
+        self._stop = _Stop(self.link.sent)
+        self.load = _Load(app)
         try:
             self._actors = _Actors(workers, gpus)
-            self._actors.build(load)
+            self._actors.build(self.load)
         except Exception as e:
             raise RunError(f"Flower's simulation engine does not start: {e}") from e
         mapping = _register_nodes(count, factory)
         self._ids = {partition: node for node, partition in mapping.items()}
         stores = _register_node_info_stores(mapping, run)
-        parts = (load, lambda: self._actors, mapping, factory, stores, self._stop, VceMetrics())
+        parts = (self.load, lambda: self._actors, mapping, factory, stores, self._stop, VceMetrics())
         self._thread = threading.Thread(target=_run, args=parts, name="flower-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def app(self) -> ClientApp:
+        return self.load.app
+
     def send(self, node: int, kind: str, content: RecordDict) -> str:
         """Put a request to a node (``kind``: train, evaluate or query); returns its name."""
-        (name,) = self._grid.push_messages([Message(content, self._ids[node], kind)])
+        (name,) = self.grid.push_messages([Message(content, self._ids[node], kind)])
         return str(name)
 
     def receive(self) -> dict[str, Message]:
         """Wait for answers; what has come, by the names of the requests."""
         while True:
             try:
-                names = [self._link.answered.get(timeout=1.0)]
+                names = [self.link.answered.get(timeout=1.0)]
                 break
             except queue.Empty:
                 if not self._thread.is_alive():
                     raise RunError("Flower's simulation engine has ended; start the run again.") from None
         with contextlib.suppress(queue.Empty):
             while True:
-                names.append(self._link.answered.get_nowait())
-        return {m.metadata.reply_to_message_id: m for m in self._grid.pull_messages(names)}
+                names.append(self.link.answered.get_nowait())
+        return {m.metadata.reply_to_message_id: m for m in self.grid.pull_messages(names)}
 
     def close(self) -> None:
         self._stop.set()
@@ -189,8 +197,14 @@ def _run(*parts: Any) -> None:
         run_api(*parts)
 
 
-def _itself(app: ClientApp) -> ClientApp:
-    return app
+class _Load:
+    """Gives the app. Flower pickles it with every message, with what the app holds at that moment."""
+
+    def __init__(self, app: ClientApp) -> None:
+        self.app = app
+
+    def __call__(self) -> ClientApp:
+        return self.app
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ def start_nodes(count: int, workers: int, gpus: float = 0.0) -> SuperNodes:
     """Flower's engine with ``count`` virtual SuperNodes; raises :class:`AtollError` where it is not installed."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default, without its warning
     try:
         from atoll.federated.backends._supernodes import SuperNodes
         from atoll.federated.backends._virtual_site import SiteApp
