@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.core.errors import DataError, did_you_mean
 from atoll.data.dataset import Dataset, Info
-from atoll.data.source import stored
+from atoll.data.source import Loaded, standardised, stored
 
 Columns = Mapping[str, Sequence[Any]]
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
@@ -121,6 +123,70 @@ def apply(schema: Schema, columns: Columns, where: str) -> Dataset:
     return stored(where, out, info)
 
 
+class TableSource(Protocol):
+    """The fields that every source of a table has; ``sources/table.py`` says what they mean."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def features(self) -> tuple[str, ...] | None: ...
+    @property
+    def site(self) -> str | None: ...
+    @property
+    def task(self) -> Literal["classification", "regression"]: ...
+    @property
+    def categorical(self) -> Literal["one_hot", "refuse"]: ...
+    @property
+    def missing(self) -> Literal["drop", "refuse"]: ...
+
+
+def load_table(
+    source: TableSource, columns: Columns, name: str, where: str, test: Columns | None = None, test_where: str = ""
+) -> Loaded:
+    """A table's rows, standardised; ``name`` and ``where`` are what messages call it and the place of its rows."""
+    s = source
+    schema = learn(
+        columns, name=name, target=s.target, features=s.features, site=s.site, task=s.task, categorical=s.categorical,
+        missing=s.missing,
+    )  # fmt: skip
+    if test is None:
+        return standardised(apply(schema, columns, where))
+    schema = with_new_owners(schema, test)
+    held = apply(schema, test, test_where)
+    return standardised(apply(schema, columns, where), held)
+
+
+def plain(values: Iterable[Any], column: str, where: str, used: bool) -> list[Any]:
+    """Values that a database or a library has typed, as numbers, text and None. Booleans become 0 and 1.
+
+    Args:
+        used: whether the column is; of others, whatever is neither number nor text becomes text.
+
+    Raises:
+        DataError: dates, bytes and the like in a used column.
+    """
+    return [_plain(v, column, where, used) for v in values]
+
+
+def _plain(v: Any, column: str, where: str, used: bool) -> Any:
+    if isinstance(v, np.generic):
+        v = v.item()
+    if v is None or type(v) in (int, float, str):
+        return v
+    if isinstance(v, bool | int):
+        return int(v)
+    if isinstance(v, Decimal):
+        return float(v)
+    if type(v).__name__ in ("NAType", "NaTType"):  # how pandas says that there is no value
+        return None
+    if isinstance(v, float | str) or not used:
+        return str(v) if not isinstance(v, float) else float(v)
+    raise DataError(
+        f"Column `{column}` of {where} holds values of type `{type(v).__name__}`, neither numbers nor text; turn them "
+        "into numbers or text first (a date: into days since some day)."
+    )
+
+
 def with_new_owners(schema: Schema, columns: Columns) -> Schema:
     """The schema with the owners of further rows added (a test file may come from other sites)."""
     if not schema.site or schema.site not in columns:
@@ -172,9 +238,9 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _name(v: Any) -> str:
-    """3, 3.0 and "3.0" are one class; text is itself."""
+    """3, 3.0 and "3.0" are one class; text is itself, and so are numbers that a float cannot tell apart."""
     x = _number(v) if not isinstance(v, bool) else None
-    return str(int(x)) if x is not None and x == int(x) else str(v).strip()
+    return str(int(x)) if x is not None and x == int(x) and abs(x) < 1 << 53 else str(v).strip()
 
 
 def _codes(values: Sequence[Any], names: tuple[str, ...], column: str, where: str) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.core.errors import DataError
-from atoll.data.columns import Columns, apply, learn, with_new_owners
-from atoll.data.source import Loaded, Source, standardised
+from atoll.data.columns import Columns, load_table
+from atoll.data.source import Loaded, Source
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,10 @@ class Table(Source):
     missing: Literal["drop", "refuse"] = "drop"
 
     def load(self) -> Loaded:
-        columns = read_columns(self.path)
-        schema = learn(
-            columns, name=Path(self.path).stem, target=self.target, features=self.features, site=self.site,
-            task=self.task, categorical=self.categorical, missing=self.missing,
-        )  # fmt: skip
-        test = None
-        if self.test_path is not None:
-            more = read_columns(self.test_path)
-            schema = with_new_owners(schema, more)
-            test = apply(schema, more, Path(self.test_path).name)
-        return standardised(apply(schema, columns, Path(self.path).name), test)
+        columns, path = read_columns(self.path), Path(self.path)
+        if self.test_path is None:
+            return load_table(self, columns, path.stem, path.name)
+        return load_table(self, columns, path.stem, path.name, read_columns(self.test_path), Path(self.test_path).name)
 
 
 def read_columns(path: str) -> Columns:
