@@ -29,6 +29,7 @@ from atoll.federated.local.local_sgd import LocalSGD
 from atoll.federated.method import DeviceProfile, LocalWork, Method
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.scaffold import scaffold
+from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.visit import Job, Outcome, Publication, Setup
 from atoll.recipes.recipe import read_recipe
 from atoll.recipes.run import plan, prepare
@@ -196,8 +197,9 @@ class Misbehaving(LocalWork):
         return result
 
 
-def test_a_visit_whose_actor_dies_is_done_again(run, crew, tmp_path):
-    ours, inner = scaffold(), scaffold().local
+@pytest.mark.parametrize("secure", [None, SecureSum(bits=24)], ids=["open", "secure"])
+def test_a_visit_whose_actor_dies_is_done_again(run, crew, tmp_path, secure):
+    ours, inner = scaffold().but(secure=secure), scaffold().local
     rows = run(ours.but(local=Misbehaving("die", tmp_path / "note", 1, inner)), backend=crew)
     assert (tmp_path / "note").exists()
     assert all(row.refused == {} for row in rows)

@@ -62,9 +62,10 @@ class Ray(Backend):
     Args:
         workers: actors; each asks for as many CPUs as it has threads. None takes what the cluster has.
         address: None starts a cluster on this machine and ends it with the run; ``auto`` or ``host:port`` joins one
-            from a machine that belongs to it. What sites keep needs a run directory that all its machines see.
-        held_bytes: replies that may wait in the object store for their turn in the sum. Within it the longest visits
-            start first; beyond it visits start in the order of the sum, so memory stays bounded.
+            from a machine that belongs to it. What sites keep needs a run directory that all its machines see. A
+            cluster that the program has joined already is used whatever stands here, and left as it is.
+        held_bytes: about how much of the object store replies may fill that wait for their turn in the sum. Within
+            it the longest visits start first; beyond it visits start in the order of the sum, so memory stays bounded.
         gpus: share of a GPU per actor where tensors live on GPUs; None divides the cluster's among the actors, at
             most one each.
     """
@@ -298,10 +299,12 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = signal.getsignal(signal.SIGTERM)
-        yield
-        gc.collect()  # files that Ray forgot to close warn when they are collected: now
-        with contextlib.suppress(ValueError, TypeError):  # not in the main thread; not set from Python
-            signal.signal(signal.SIGTERM, before)
+        try:
+            yield
+        finally:
+            gc.collect()  # files that Ray forgot to close warn when they are collected: now
+            with contextlib.suppress(ValueError, TypeError):  # not in the main thread; not set from Python
+                signal.signal(signal.SIGTERM, before)
 
 
 def _line(e: BaseException) -> str:
