@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,11 @@ import yaml
 
 pytest.importorskip("flwr")
 
+from safetensors.torch import load_file
+
 from atoll.deploy.keys import make_certificates, make_site_key
+from atoll.recipes.recipe import load_recipe
+from atoll.recipes.run import start
 
 ATOLL = [sys.executable, "-c", "from atoll.cli import main; main()"]
 PATIENCE = 90.0  # seconds that anything here may take on a busy machine
@@ -86,7 +91,8 @@ class Deployment:
     def until(self, done: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while not done():
-            assert time.monotonic() < end, f"no {what} within {seconds} s\n{self.log('server')}"
+            if time.monotonic() > end:
+                raise AssertionError(f"no {what} within {seconds} s\n{self.log('server')}")
             time.sleep(0.02)
 
     def child(self, name: str, module: str) -> int:
@@ -115,6 +121,35 @@ class Deployment:
                 process.wait(20)
                 continue
             self.kill(name)
+
+
+EXACT = ("round", "time", "replies", "down_bytes", "up_bytes", "flops", "refused", "notes", "site_metrics", "metrics")
+
+
+def inline(recipe: dict[str, Any], folder: Path) -> Path:
+    """The same recipe in one process; its run directory."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    run, _ = start(load_recipe(str(path)), folder)
+    run.go()
+    return folder
+
+
+def rounds(folder: Path) -> list[dict[str, Any]]:
+    """What the ledger says of each round, but for real seconds."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [{k: e.get(k) for k in EXACT} for e in events if e["event"] == "round"]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same bits."""
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and bool((a[n] == b[n]).all()) for n in a)
+
+
+@pytest.fixture
+def compare() -> SimpleNamespace:
+    return SimpleNamespace(inline=inline, rounds=rounds, same=same)
 
 
 @pytest.fixture

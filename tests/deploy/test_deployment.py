@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import json
 
-import yaml
-from safetensors.torch import load_file
-
-from atoll.recipes.recipe import load_recipe
-from atoll.recipes.run import start
-
 BASE = {"data": "digits", "partition": {"name": "dirichlet", "alpha": 1.0}, "sites": 2, "rounds": 2}
 MLP = {"name": "mlp", "hidden": [32]}
 TRAINING = {"lr": 0.2, "epochs": 1, "batch_size": 16}
@@ -25,44 +19,26 @@ RECIPES = {
         "site_models": [MLP, {"name": "mlp", "hidden": [16]}], "method": {"name": "edgefd"},
     },
 }  # fmt: skip
-EXACT = ("round", "time", "replies", "down_bytes", "up_bytes", "flops", "refused", "notes", "site_metrics", "metrics")
 
 
-def inline(recipe, folder):
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe))
-    run, _ = start(load_recipe(str(path)), folder)
-    run.go()
-    return folder
-
-
-def rounds(folder):
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [{k: e.get(k) for k in EXACT} for e in events if e["event"] == "round"]
-
-
-def same(a, b):
-    a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and bool((a[n] == b[n]).all()) for n in a)
-
-
-def test_a_deployment_gives_the_bits_and_the_ledger_of_an_inline_run(deployment):
+def test_a_deployment_gives_the_bits_and_the_ledger_of_an_inline_run(deployment, compare):
     d = deployment("lyon", "oslo")  # the same two site processes take part in one run after the other
+    (d.folder / "policy.yaml").write_text("kinds: [delta, low_rank, predictions, proxies]")
     for site in d.names:
-        d.site(site)
+        d.site(site, "--policy", "policy.yaml")
     for number, recipe in enumerate(RECIPES.values()):
         recipe = {**BASE, **recipe, "name": "rehearsal"}
         out = f"run{number}"
         d.serve(recipe, out)
         d.finished()
-        reference = inline(recipe, d.folder / f"inline{number}")
-        assert rounds(d.folder / out) == rounds(reference)
+        reference = compare.inline(recipe, d.folder / f"inline{number}")
+        assert compare.rounds(d.folder / out) == compare.rounds(reference)
         run = json.loads((d.folder / out / "federation.json").read_text())["run"]
         personal = (reference / "model" / "site0").exists()
         if not personal:
-            assert same(d.folder / out / "model/model.safetensors", reference / "model/model.safetensors")
+            assert compare.same(d.folder / out / "model/model.safetensors", reference / "model/model.safetensors")
         for i, site in enumerate(d.names):
             own = reference / "model" / (f"site{i}/model.safetensors" if personal else "model.safetensors")
             if "downlink" not in recipe:  # what a site holds is of lower precision then
-                assert same(d.folder / f"site-{site}" / run / "model/model.safetensors", own)
+                assert compare.same(d.folder / f"site-{site}" / run / "model/model.safetensors", own)
         assert (d.folder / out / "report.html").exists()

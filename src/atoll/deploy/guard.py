@@ -10,6 +10,7 @@ from torch import nn
 
 from atoll.core.errors import AtollError, RecipeError
 from atoll.core.imports import trust
+from atoll.core.message import Message
 from atoll.data.dataset import SiteData
 from atoll.deploy import policy as rules
 from atoll.deploy.policy import Meter, Policy, read_policy
@@ -73,6 +74,12 @@ class Guard:
         _pass(rules.kind_refusal(self.policy, kind))
         event = rules.participation(self.policy, method, cohort, sites)
         _pass(self.meter.book(self.policy, size, event, about))
+
+    def without_numbers(self, outcome: Message) -> Message:
+        """Under an epsilon budget, numbers without noise stay here: a visit's metrics, its work and its time."""
+        if self.policy.epsilon_per_day is None:
+            return outcome
+        return Message(outcome.kind, outcome.parts, {**outcome.facts, "metrics": {}, "flops": 0.0, "seconds": 0.0})
 
     def again(self, size: int, about: str) -> None:
         """Book other bytes that leave: a reply that was sent before, a description, sums, metrics."""

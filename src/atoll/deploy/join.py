@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import signal
 import socket
@@ -16,11 +17,12 @@ from types import FrameType
 from atoll.core.errors import RunError
 from atoll.core.files import write_atomic
 from atoll.core.message import Message
-from atoll.deploy.link import LinkLost, SiteEnd
+from atoll.deploy.link import LinkLost, SiteEnd, sign_off
 from atoll.deploy.processes import end_process, last_lines, launch
 from atoll.deploy.site import SiteProgram
 from atoll.federated.dispatch import failed
 
+HOPELESS = 120.0  # seconds of failing starts before we give up; a server may believe in a lost node for 20
 POLL = 0.05  # seconds between looks for a request at our own SuperNode
 
 
@@ -69,9 +71,10 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
                     end = node.start()
                 time.sleep(POLL)
                 continue
+            node.known_as(taken.node)
             said = taken.message
             answer = program.answer(said) if isinstance(said, Message) else failed(said)
-            say(_line(said, answer))
+            say(_line(said, answer) + (f" ({program.trouble})" if program.trouble else ""))
             try:
                 taken.answer(answer)
             except LinkLost:
@@ -114,16 +117,14 @@ class _Node:
     def __init__(self, connection: Connection, folder: Path, say: Callable[[str], None]) -> None:
         self.connection, self.folder, self.say = connection, folder / "flower", say
         self._process: subprocess.Popen[bytes] | None = None
-        self._started, self._quick = 0.0, 0
+        self._started = self._failing = 0.0
+        self._name, self._number = self.folder / "node", 0
 
     def start(self) -> SiteEnd:
         if self._process is not None:
-            self._quick = self._quick + 1 if time.monotonic() - self._started < 20 else 0
-            said = last_lines(self.folder / "supernode.log")
-            if self._quick >= 3:
-                raise RunError(f"The SuperNode ends each time it is started; its last words: {said}")
-            self.say("the SuperNode ended; starting it again")
+            self._complain()
             time.sleep(1.0)
+        self._sign_off()
         secret, port = secrets.token_bytes(32), _free_port()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / "secret"
@@ -137,6 +138,30 @@ class _Node:
         ]  # fmt: skip
         self._process, self._started = launch(command, self.folder / "supernode.log"), time.monotonic()
         return SiteEnd(f"127.0.0.1:{port}", secret)
+
+    def _complain(self) -> None:
+        """Say why the SuperNode ended; give up when it does so again and again."""
+        now, said = time.monotonic(), last_lines(self.folder / "supernode.log")
+        self._failing = self._failing or now if now - self._started < 20 else 0.0
+        if "Failed to activate" in said:
+            said = "the server does not know this key, or believes that this site is still there"
+        self.say(f"the SuperNode ended; starting it again ({said})")
+        if self._failing and now - self._failing > HOPELESS:
+            raise RunError(f"The SuperNode ends each time it is started: {said}.")
+
+    def _sign_off(self) -> None:
+        """After a crash the server still believes in the node that is gone."""
+        if self._name.exists():
+            c = self.connection
+            with contextlib.suppress(LinkLost, ValueError):
+                node = int(self._name.read_text())
+                sign_off(c.server, c.certificate.read_bytes(), c.key.read_bytes(), node)
+
+    def known_as(self, node: int) -> None:
+        """Remember under which number the server knows us."""
+        if node != self._number:
+            self._number = node
+            write_atomic(self._name, str(node).encode(), durable=False)
 
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None

@@ -363,6 +363,29 @@ class SiteEnd:
             self._claims = None
 
 
+def sign_off(address: str, authority: bytes, key: bytes, node: int) -> None:
+    """Tell the SuperLink that a node of ours is gone: until then it lets no other take its place.
+
+    Args:
+        key: the site's private key (OpenSSH).
+
+    Raises:
+        LinkLost: it could not be told.
+    """
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    private: Any = load_ssh_private_key(key, None)
+    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+    signed = NodeAuthHttpInterceptor(private, private.public_key())
+    client = FleetHttpClient.from_server_address(address, False, authority, [version, signed])
+    with _link_errors("signing off"), client:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+
 class Taken:
     """A request that this site has claimed. ``message`` is its content, or why it cannot be read."""
 
@@ -372,6 +395,7 @@ class Taken:
         self._client = client
         with _link_errors("reading a request"):
             self._flower, self._context, _, _ = pull_task_input(client)  # the app that came along is not opened
+        self.node: int = self._context.node_id
         self.message: Message | str
         try:
             self.message = from_records(self._flower.content, limits)

@@ -100,12 +100,16 @@ class Supervisor:
         self._process = launch(command, self.folder / "superlink.log", {TOKEN_VARIABLE: self._token})
 
     def _connect(self) -> None:
-        began = time.monotonic()
+        """Register the sites and open a run; a SuperLink that dies meanwhile is started again, but not for ever."""
+        began, deaths = time.monotonic(), 0
         while True:
             assert self._process is not None
             if self._process.poll() is not None:
-                last = last_lines(self.folder / "superlink.log")
-                raise RunError(f"The SuperLink ended as it started (is port {self.options.port} taken?): {last}")
+                deaths += 1
+                if deaths > 3:
+                    last = last_lines(self.folder / "superlink.log")
+                    raise RunError(f"The SuperLink ends as it starts (is port {self.options.port} taken?): {last}")
+                self._launch()
             try:
                 nodes = self._end.register(self.keys)
                 self._end.open()
@@ -133,10 +137,6 @@ class Supervisor:
 
     def mend(self) -> None:
         """After :class:`LinkLost`: a SuperLink that died is started anew on its old database."""
-        assert self._process is not None
-        if self._process.poll() is not None:
-            self._launch()
-        time.sleep(0.2)
         self._connect()
 
     def close(self) -> None:

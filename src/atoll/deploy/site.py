@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from atoll.core.errors import AtollError, DataError, MessageError
+from atoll.core.errors import AtollError, BadReply, DataError, MessageError
 from atoll.core.files import write_atomic, write_json
 from atoll.core.message import NO_LIMITS, Message, decode, encode, encoded_size, seal, unseal
 from atoll.data.agreement import adopt, describe, first_moments, read_summary, second_moments
 from atoll.data.dataset import Dataset, Federation, Info, SiteData
 from atoll.data.federation import one_site
-from atoll.deploy.guard import Guard
+from atoll.deploy.guard import Guard, Refused
 from atoll.federated.dispatch import failed
 from atoll.federated.remote import RemoteSite
 from atoll.federated.states import FileStates
@@ -74,15 +74,25 @@ class SiteProgram:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder, self.place, self.guard, self.device, self.threads = folder, place, guard, device, threads
         self._joined: dict[str, _Joined] = {}
+        self.trouble = ""
         torch.set_num_threads(threads)
 
     def answer(self, message: Message) -> Message:
-        """The answer to a request from the server; never raises for anything that came over the wire."""
+        """The answer to a request from the server; never raises for anything that came over the wire.
+
+        What the site's own files made go wrong stays here: the server hears that there was something, the operator
+        what it was (``self.trouble``).
+        """
+        self.trouble = ""
         try:
             return self._answer(message)
-        except AtollError as e:
+        except (Refused, MessageError, BadReply) as e:
             return failed(str(e))
+        except AtollError as e:
+            self.trouble = str(e)
+            return failed("this site cannot take part; its operator sees why")
         except Exception as e:  # a hostile request may break what nobody foresaw
+            self.trouble = f"{type(e).__name__}: {e}"
             return failed(f"the site could not answer ({type(e).__name__})")
 
     def _answer(self, message: Message) -> Message:
@@ -237,6 +247,7 @@ class _Joined:
         answer = self.end.handle(message)
         if answer.kind == OUTCOME and answer.facts["message"] is not None:
             method, about = self.end.worker.setup.method, f"run {self.name}, round {job.round}"
+            answer = guard.without_numbers(answer)
             size, kind = encoded_size(answer), answer.facts["message"]["kind"]
             guard.reply(method, kind, job.cohort, self.sites, size, about)
             self._say(name, answer)
