@@ -20,6 +20,7 @@ from annotated_types import Ge, Le
 
 from atoll.core.errors import AtollError, MessageError
 from atoll.core.message import NO_LIMITS, Message
+from atoll.federated.backends.process_pool import PREFIX, _sweep
 from atoll.federated.dispatch import FAILED, Dispatch
 from atoll.federated.method import Backend
 from atoll.federated.records import from_records, to_records
@@ -96,7 +97,8 @@ class FlowerWorkers:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(setup.threads)
         self._nodes, self._keep = nodes, keep
-        self._folder = Path(tempfile.mkdtemp(prefix="atoll-flower-"))
+        _sweep(Path(tempfile.gettempdir()))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         if setup.state_folder is None:
             setup = replace(setup, state_folder=self._folder / "states")
         assert setup.state_folder is not None
