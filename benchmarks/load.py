@@ -82,6 +82,7 @@ def main() -> int:
 
 def launch(arm: str, arguments: list[str], memory: bool) -> dict[str, Any]:
     """One fresh process of an arm: what it reported, or ``error``; with ``memory``, watched, so its times are void."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryFile("w+") as out:
         started = time.time()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "BENCH_LAUNCHED": str(started)}
@@ -110,7 +111,7 @@ def launch(arm: str, arguments: list[str], memory: bool) -> dict[str, Any]:
     got: dict[str, Any] = json.loads(lines[-1])
     if memory:
         return {"weights": got["weights"], "peak_mb": round(peak[0])}
-    return got
+    return got | {"load": load}
 
 
 def work(a: argparse.Namespace) -> None:

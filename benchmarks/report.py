@@ -93,10 +93,12 @@ def load(record: dict[str, Any], name: str) -> str:
                 f"| {arm} | {each[0]:.0f} [{each[1]:.0f}-{each[2]:.0f}] | {record['per_round'] / each[0] * 1e3:,.0f} | "
                 f"{first[0]:.2f} [{first[1]:.2f}-{first[2]:.2f}] | {peak} |"
             )
+    busy = spread([r["load"] for r in record["runs"] if "load" in r])
     bits = "the same weights to the bit" if record["same_weights"] else "weights that DIFFER"
     about = (
         f"{record['sites']:,} sites, {record['per_round']:,} a round, {record['rounds']} rounds after the first, "
-        f"{record['repetitions']} repetitions; all ended with {bits}. {where(record, name)}"
+        f"{record['repetitions']} repetitions; all ended with {bits}. The machine's load average was {busy[0]:.1f} "
+        f"[{busy[1]:.1f}-{busy[2]:.1f}]. {where(record, name)}"
     )
     return "\n".join(["### Many sites on every backend", "", about, "", *rows])
 
