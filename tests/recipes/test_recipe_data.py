@@ -126,6 +126,7 @@ TINY = {
     "hospital_table": ["rounds=2"],
     "language_flora": ["data.path=TEXTS", "data.length=16", "rounds=2", "model.dim=16", "model.layers=1", "model.heads=2"],
     "private": ["limit=400", "rounds=2"],
+    "secure": ["limit=400", "rounds=2"],
     "hostile": ["limit=400", "rounds=2"],
 }  # fmt: skip
 
@@ -146,7 +147,7 @@ def test_a_shipped_recipe_is_planned(name, tmp_path):
     assert foreseen.rounds == 2
     assert foreseen.up_bytes > 0
     assert foreseen.refused == ()
-    assert (foreseen.epsilon is not None) == (name == "private")
+    assert (foreseen.epsilon is not None) == (name in ("private", "secure"))
     if name == "hostile":
         assert chosen.make_method().local.sites, "somebody is hostile"
 

@@ -539,3 +539,14 @@ def test_in_a_browser_the_page_fits_a_phone_and_is_silent(real: Path, tmp_path: 
     assert found["wide"] == []
     assert found["asked"] == 0
     assert re.fullmatch(r"round 4: [\d.]+ %", found["readout"])
+
+
+def test_the_page_says_when_the_server_saw_only_sums(tmp_path: Path) -> None:
+    plain = " ".join(page(write(tmp_path / "plain", FINISHED)).text.split())
+    assert "so secure aggregation can run underneath" in plain
+    p = page(write(tmp_path / "secure", FINISHED, secure={"name": "secure_sum", "bits": 20}))
+    text = " ".join(p.text.split())
+    assert "a sum under masks: the server saw no single update" in text
+    assert "the sum of a cohort's updates and who took part" in text
+    assert "each site's update" not in text
+    assert p.row("secure aggregation") == ["SecureSum(bits=20)", "differs"]

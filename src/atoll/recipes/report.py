@@ -23,6 +23,7 @@ from typing import Any
 from atoll.core.errors import RunError
 from atoll.core.files import write_atomic
 from atoll.federated.method import Method
+from atoll.federated.secure.secure_sum import CARD as SECURE
 from atoll.recipes import words
 from atoll.recipes.charts import Format, Series, bars, line_chart, strip_plot
 from atoll.recipes.record import Merge, Record, Said, Site, Spread, cards_in, natural, read_record, spread
@@ -553,6 +554,7 @@ PARTS = {
     "select": "who takes part",
     "schedule": "when to merge",
     "topology": "who talks to whom",
+    "secure": "secure aggregation",
 }
 
 
@@ -563,10 +565,8 @@ def _method(r: Record) -> str:
         return f'<h2>Method</h2>\n<p><b>{e(name)}</b></p>\n<p class="lead">{why}</p>' if name else ""
     card = r.method.card
     facts = {
-        "What the server sees": card.server_sees,
-        "The merge": "a weighted sum, so secure aggregation can run underneath"
-        if r.method.combine.additive
-        else "looks at single replies, so secure aggregation cannot run underneath",
+        "What the server sees": card.server_sees if r.method.secure is None else SECURE.server_sees,
+        "The merge": _merge(r.method),
         "Privacy": _privacy(r),
         "Threat model": card.threat_model,
     }
@@ -581,6 +581,14 @@ def _method(r: Record) -> str:
         items = "".join(f"<li><b>{e(who)}</b>: {e(what)}</li>\n" for what, who in cites.items())
         out.append(f"<h3>Please cite</h3>\n<ul>\n{items}</ul>")
     return "\n".join(out)
+
+
+def _merge(method: Method) -> str:
+    if method.secure is not None:
+        return "a sum under masks: the server saw no single update"
+    if method.combine.additive:
+        return "a weighted sum, so secure aggregation can run underneath"
+    return "looks at single replies, so secure aggregation cannot run underneath"
 
 
 def _privacy(r: Record) -> str:
@@ -603,6 +611,8 @@ def _composition(method: Method) -> str:
 
 def brief(value: Any) -> str:
     """A part with those settings that differ from their defaults, e.g. ``Apply(lr=0.5)``."""
+    if value is None:
+        return "none"
     if isinstance(value, tuple | list):
         return ", ".join(brief(v) for v in value) or "none"
     if not dataclasses.is_dataclass(value) or isinstance(value, type):

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 CARD = Card(
     name="secure_sum",
-    area="secure aggregation",
+    area="secure sum",
     summary="updates are masked so that the server learns their sum alone, also when sites drop out",
     cites=(
         Cite(
@@ -78,7 +78,7 @@ CARD = Card(
     server_sees="the sum of a cohort's updates and who took part",
     additive=True,
     threat_model="a curious server that follows the protocol, and fewer sites than the threshold with it",
-    suits=("hiding single updates from the server", "a privacy guarantee"),
+    suits=("hiding single updates from the server",),
 )
 
 FAR = 16.0
