@@ -26,6 +26,7 @@ from atoll.federated.method import Backend
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedopt import fedopt
 from atoll.federated.methods.flora import flora
+from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.select.uniform import Uniform
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,10 +74,15 @@ class Rows:
         return self.federation.sites[context.node_config["partition-id"]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def made(name: str) -> Any:
+    if name == "secure":
+        return fedavg().but(secure=SecureSum())
+    return getattr(importlib.import_module(f"atoll.federated.methods.{name}"), name)(**ARGUMENTS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "secure"])
 def test_flower_equals_inline(name, run, digits_federation, engine):
-    module = importlib.import_module(f"atoll.federated.methods.{name}")
-    method = getattr(module, name)(**ARGUMENTS.get(name, {}))
+    method = made(name)
     if method.schedule.synchronous and name != "centralised":
         method = method.but(select=Uniform(count=3))  # partial participation: states and catching up matter
     world = replace(digits_federation, public=digits_federation.test.select(range(100)))

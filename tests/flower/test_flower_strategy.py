@@ -21,6 +21,7 @@ from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedbuff import fedbuff
 from atoll.federated.methods.fedopt import fedopt
 from atoll.federated.methods.flora import flora
+from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.select.uniform import Uniform
 
 flwr = pytest.importorskip("flwr")
@@ -146,9 +147,13 @@ def test_weights_that_never_travel_must_be_the_agreed_ones(digits_task, digits_f
         strategy.start(Direct(app, 5), ArrayRecord(digits_task.model(5, None).state_dict()), 1)
 
 
-@pytest.mark.parametrize("method", [fedbuff(k=2), centralised()], ids=["fedbuff", "centralised"])
+@pytest.mark.parametrize(
+    "method",
+    [fedbuff(k=2), centralised(), fedavg().but(secure=SecureSum())],
+    ids=["fedbuff", "centralised", "secure"],
+)
 def test_what_flowers_loop_cannot_do_is_refused(method, digits_task):
-    with pytest.raises(AtollError, match=r"Buffered merges without|Pooled moves rows"):
+    with pytest.raises(AtollError, match=r"Buffered merges without|Pooled moves rows|secure sum needs several"):
         atoll.flower.strategy(method, digits_task, 5)
 
 

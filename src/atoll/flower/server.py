@@ -75,6 +75,11 @@ def strategy(
             f"{type(method.schedule).__name__} merges without waiting for all replies, but a Flower strategy gets the "
             "replies of a round together; use a method with the schedule Synchronous, or run it with `atoll run`."
         )
+    if method.secure is not None:
+        raise AtollError(
+            "A secure sum needs several exchanges with the sites in a round, but a Flower strategy has one; run it "
+            "with `atoll server`, or leave `secure` out."
+        )
     empty = Dataset({"x": torch.empty(0)}, Info(name="empty"))
     sites = tuple(SiteData(empty, empty, empty) for _ in range(num_sites))
     federation = Federation(sites, empty, public, getattr(task, "info", empty.info))

@@ -97,17 +97,22 @@ class _Actors(RayBackend):
     """
 
     def __init__(self, workers: int, gpus: float) -> None:
-        self.workers, self.ours = workers, not ray.is_initialized()
+        self.pool: BasicActorPool | None = None
+        self.ours = not ray.is_initialized()
         if self.ours:
             with _python_path():
                 ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         lasting = {"max_restarts": -1, "max_task_retries": 1}
-        super().__init__({"client_resources": {"num_cpus": 1, "num_gpus": gpus, **lasting}})
+        try:
+            super().__init__({"client_resources": {"num_cpus": 1, "num_gpus": gpus, **lasting}})
+            self.pool = BasicActorPool(ClientAppActor, self.client_resources, actor_kwargs={})
+        except BaseException:
+            self.terminate()
+            raise
+        self.pool.add_actors_to_pool(min(workers, self.pool.actors_capacity))
 
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
-        if self.pool is None:
-            self.pool = BasicActorPool(ClientAppActor, self.client_resources, actor_kwargs={})
-            self.pool.add_actors_to_pool(min(self.workers, self.pool.actors_capacity))
+        """The actors are there already."""
         self.app_fn = app_fn
 
     def end(self) -> None:
@@ -151,8 +156,8 @@ class SuperNodes:
         self.load = _Load(app)
         try:
             self._actors = _Actors(workers, gpus)
-            self._actors.build(self.load)
         except Exception as e:
+            logging.getLogger("flwr").setLevel(self._log_level)
             raise RunError(f"Flower's simulation engine does not start: {e}") from e
         mapping = _register_nodes(count, factory)
         self._ids = {partition: node for node, partition in mapping.items()}

@@ -161,7 +161,9 @@ class FlowerWorkers:
         """An answer, or why there is none."""
         while ticket not in self._done:
             for name, reply in self._nodes.receive().items():
-                asked = self._asked.pop(name)
+                asked = self._asked.pop(name, None)
+                if asked is None:
+                    continue  # an answer to a run that was given up
                 said = self._read(reply)
                 if isinstance(said, Message) and self._dispatch.lacks(said) and asked.job and not asked.again:
                     request = to_records(self._dispatch.request(asked.job, asked.part, lacking=True))
