@@ -94,9 +94,10 @@ def test_a_run_starts_a_cluster_and_leaves_nothing_behind(run):
     assert not rows[-1].engine.workers._crew.folder.exists()
 
 
-def test_no_cluster_to_join_is_said(run):
-    with pytest.raises(RunError, match="Cannot join 'auto'"):
-        run(fedavg(), backend=Ray(workers=1, address="auto"))
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1", "head:port"])
+def test_no_cluster_to_join_is_said(run, address):
+    with pytest.raises(RunError, match=f"Cannot join '{address}'"):
+        run(fedavg(), backend=Ray(workers=1, address=address))
 
 
 def test_without_ray_it_says_what_to_install(run, monkeypatch):

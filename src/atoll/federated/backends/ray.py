@@ -255,6 +255,9 @@ class Crew:
                 if len(str(self.folder)) < 40:  # it holds sockets, whose paths must stay under 107 characters
                     options["_temp_dir"] = str(self.folder)
             try:
+                if about.address not in (None, "auto"):
+                    host, _, port = str(about.address).rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
                 with _quietly():
                     self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, OSError) as e:
