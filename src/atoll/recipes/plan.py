@@ -23,6 +23,7 @@ from atoll.federated import checkpoint
 from atoll.federated.backends.inline import InlineWorkers
 from atoll.federated.check import check_method
 from atoll.federated.engine import Engine
+from atoll.federated.secure import rehearsal
 from atoll.federated.secure.site import blank
 from atoll.federated.visit import Job, Outcome, Setup
 
@@ -171,8 +172,10 @@ def _measure(
     """Seconds of all training and peak bytes, scaled from real visits to a site of middle size (their replies are
     thrown away)."""
     local = engine.workers.local
-    local.setup = replace(setup, method=setup.method.but(secure=None))  # masks need peers, and little time
-    local.secure = None
+    masks = 0.0
+    if local.secure is not None:
+        masks = visits * rehearsal.seconds(setup.method, local.form(0, per_round), per_round)
+        local.setup, local.secure = replace(setup, method=setup.method.but(secure=None)), None
     sizes = sorted((len(s.train), i) for i, s in enumerate(setup.federation.sites))
     job = Job(sizes[len(sizes) // 2][1], engine.state.round, cohort=max(1, per_round))
     local.run(job)  # the first visit pays for imports and warm-up
@@ -182,7 +185,7 @@ def _measure(
     training = flops / rate if rate else visits * outcome.seconds
     model = sum(t.numel() * t.element_size() for t in local.site_model(None).tensors.values())
     extra = 3 * model if workers == 1 else workers * (WORKER_BYTES + 3 * model) + per_round * model
-    return training / workers, tree_bytes() + extra
+    return training / workers + masks, tree_bytes() + extra
 
 
 def _saving(engine: Engine) -> float:
