@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from atoll.core.errors import AtollError, RecipeError
+from atoll.core.errors import AtollError
 from atoll.core.imports import trust
 from atoll.core.message import Message
 from atoll.data.dataset import SiteData
@@ -93,8 +93,8 @@ def make_guard(policy: Path | None, folder: Path) -> Guard:
     return Guard(found, Meter(folder / "book.jsonl"))
 
 
-def found_all(problems: list[str]) -> AtollError:
-    return Refused(problems[0]) if len(problems) == 1 else RecipeError(problems, "the recipe, by this site's rules")
+def found_all(problems: list[str]) -> Refused:
+    return Refused(" ".join(problems))
 
 
 def _pass(refusal: str | None) -> None:

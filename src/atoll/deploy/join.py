@@ -60,11 +60,12 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
         while not stop.asked:
             try:
                 taken = end.take()
-            except LinkLost:
+            except LinkLost as e:
                 if node.ended():
                     end = node.start()
-                else:
-                    time.sleep(0.2)  # it is starting, or busy
+                elif node.settled():
+                    say(f"{time.strftime('%H:%M:%S')} {e}")
+                time.sleep(0.2)
                 continue
             if taken is None:
                 if node.ended():
@@ -73,7 +74,8 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
                 continue
             node.known_as(taken.node)
             said = taken.message
-            answer = program.answer(said) if isinstance(said, Message) else failed(said)
+            with taken.at_work():
+                answer = program.answer(said) if isinstance(said, Message) else failed(said)
             say(_line(said, answer) + (f" ({program.trouble})" if program.trouble else ""))
             try:
                 taken.answer(answer)
@@ -162,6 +164,10 @@ class _Node:
         if node != self._number:
             self._number = node
             write_atomic(self._name, str(node).encode(), durable=False)
+
+    def settled(self) -> bool:
+        """Whether it has had time to start: then what goes wrong is worth a line."""
+        return time.monotonic() - self._started > 10
 
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ clientapp = "atoll.deploy.link:none"
 TYPES = {VISIT: "train", EVALUATE: "evaluate"}
 """Flower's type by kind of message; all others are queries."""
 SERVER_NODE = 1
+ALIVE = 5.0  # seconds between signs of life during a visit
+PIECE = 3.0  # seconds in which the next piece of a request must come from our own SuperNode
 UPLOAD = 60.0  # seconds without a new piece after which an answer counts as lost
 HEARTBEAT = 10.0  # seconds; Flower gives a task up after a minute without
 
@@ -390,21 +393,78 @@ class Taken:
     """A request that this site has claimed. ``message`` is its content, or why it cannot be read."""
 
     def __init__(self, client: Any, limits: Limits) -> None:
-        from flwr.supernode.runtime.run_clientapp import pull_task_input
+        from flwr.common.serde import context_from_proto
+        from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
 
         self._client = client
+        self.message: Message | str = ""
         with _link_errors("reading a request"):
-            self._flower, self._context, _, _ = pull_task_input(client)  # the app that came along is not opened
-        self.node: int = self._context.node_id
-        self.message: Message | str
+            given = client.PullTaskInput(PullTaskInputRequest())  # the app that comes along is not opened
+            self._context = context_from_proto(given.context)
+            self.node: int = self._context.node_id
+            trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
+            if not trees:
+                raise LinkLost("the SuperNode has lost a request")
+            self._read(trees[0], limits)
+
+    def _read(self, tree: Any, limits: Limits) -> None:
+        """Fetch and read the message. One whose pieces stop coming is left: the server asks again."""
+        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+        from flwr.proto.node_pb2 import Node
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+        from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
+
+        node, run = Node(node_id=self.node), self._context.run_id
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
+        contents: dict[str, bytes] = {}
+        since = time.monotonic()
+        wanted = {one.object_id: None for one in iterate_object_tree(tree)}
+        while missing := [i for i in wanted if i not in contents]:
+            try:
+                contents[missing[0]] = pull(missing[0])
+                since = time.monotonic()
+            except ObjectUnavailableError as e:
+                if time.monotonic() - since > PIECE:
+                    raise LinkLost("a request never came in full") from e
+                time.sleep(0.02)
+            if sum(map(len, contents.values())) > limits.max_bytes + limits.max_header_bytes:
+                raise LinkLost("a request is too long")
+        whole: Any = inflate_object_from_contents(tree.object_id, contents)
+        whole.metadata.__dict__["_message_id"] = tree.object_id  # the pieces do not say it
+        self._flower = whole
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
+        )
         try:
-            self.message = from_records(self._flower.content, limits)
+            self.message = from_records(whole.content, limits)
         except AtollError as e:
             self.message = str(e)
         except Exception as e:
             self.message = f"unreadable request ({type(e).__name__})"
 
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Show signs of life while the answer is being worked out."""
+        from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(ALIVE):
+                with contextlib.suppress(Exception):  # the answer itself will tell
+                    self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def answer(self, message: Message) -> None:
+        """Hand the answer to the SuperNode; raises :class:`LinkLost`."""
         from flwr.app import Message as FlowerMessage
         from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 

@@ -20,8 +20,12 @@ def main() -> None:
 
     loop: Any = import_module("flwr.supernode.start_client_internal")
     program: Any = import_module("flwr.supernode.cli.flower_supernode")  # the package shadows its name
-    wire: Any = import_module("flwr.supernode.fleet_http_connection")
-    wire.HEARTBEAT_DEFAULT_INTERVAL = 10  # the least that a SuperLink accepts
+    places = "supernode.fleet_http_connection", "supercore.heartbeat", "supercore.corestate.in_memory_corestate"
+    for (
+        place
+    ) in places:  # what it promises, what it keeps, and after twice how long a request nobody works on is given up
+        module: Any = import_module(f"flwr.{place}")
+        module.HEARTBEAT_DEFAULT_INTERVAL = 10  # seconds; the least that a SuperLink accepts
     retries: Any = import_module("flwr.supercore.retry.http_retry")
     retries.MAX_RETRY_DELAY = 2
     longest = float(sys.argv.pop(1))

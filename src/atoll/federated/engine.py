@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from atoll.core.errors import AtollError, BadReply
+from atoll.core.errors import AtollError, BadReply, RunError
 from atoll.core.message import Message, detach, encoded_size
 from atoll.core.streams import numpy_stream
 from atoll.core.tree import Parts, moved
@@ -176,6 +176,8 @@ class Engine:
                     pass  # a combiner may stop early; the schedule must not
                 context = replace(context, replies=replies.count)
                 broadcast, s.server = m.server.step(s.replica, s.server, combined, context)
+        except RunError:
+            raise  # the backend itself has failed: the run stops, and can be resumed
         except AtollError as e:
             self.row.note(f"merge skipped: {e}")
             first = None
