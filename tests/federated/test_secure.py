@@ -772,6 +772,12 @@ def test_good_compositions_pass(method, digits_task, digits_federation):
     check_method(method.but(secure=SecureSum()), digits_task, digits_federation)
 
 
+def test_a_missing_package_is_told_before_the_run(monkeypatch, digits_task, digits_federation):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"needs the package `cryptography`; `pip install atoll\[secure\]`"):
+        check_method(fedavg().but(secure=SecureSum()), digits_task, digits_federation)
+
+
 def test_the_number_of_bits_that_a_refusal_names_is_enough(digits_task, digits_federation):
     method = fedavg().but(combine=UNIFORM, uplink=NOISE)
     check_method(method.but(secure=SecureSum(bits=10, clip=100.0)), digits_task, digits_federation)

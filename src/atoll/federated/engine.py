@@ -203,7 +203,9 @@ class Engine:
             self._sum.add(reply.site, reply.message)
         answers = self._ask(self._sum.unmasking())
         self._sum.unmask(answers, lambda site, why: self.row.note(f"site {site} did not help to unmask: {why}"))
-        return self.method.combine.total(*self._sum.total())
+        sums, weight = self._sum.total()
+        sums = replace(sums, parts=moved(sums.parts, self.setup.device))
+        return self.method.combine.total(sums, weight)
 
     def _roll_back(self, tags: dict[int, str]) -> None:
         """Nothing of this merge counted, so sites keep what they had before it (control variates must fit the

@@ -17,7 +17,7 @@ import torch
 
 from atoll.core.errors import MessageError, SiteFailed
 from atoll.core.message import Message
-from atoll.core.tree import Parts
+from atoll.core.tree import Parts, moved
 from atoll.federated.codecs._flat import Flat, flatten_floats
 from atoll.federated.method import CodecContext, Method
 from atoll.federated.secure.cohort import CHANNEL, OFFER, PREPARE, SEALED, SHARES, UNMASK, Cohort, rising, rows
@@ -238,7 +238,7 @@ def summand(
     if weight > secure.most_samples:
         raise SiteFailed(f"{weight:,} examples are more than `most_samples`, {secure.most_samples:,}; raise it")
     term = combine.term(message, replica)
-    term = Message(term.kind, term.parts)
+    term = Message(term.kind, moved(term.parts, "cpu"))
     flat = flatten_floats(term)
     if flat.others:
         part, tree = next(iter(flat.others.items()))
