@@ -254,6 +254,13 @@ def participation(policy: Policy, method: Method, cohort: int, sites: int) -> Ev
     return Event(codec.noise, law)
 
 
+def spent(policy: Policy, event: Event, rounds: int) -> tuple[float, float] | None:
+    """Epsilon of one reply and of ``rounds`` at the policy's delta; None when nothing is hidden."""
+    if event.multiplier == 0:
+        return None
+    return epsilon((event,), policy.delta), epsilon((Event(event.multiplier, event.sampling, rounds),), policy.delta)
+
+
 # ------------------------------------------------------------------------------------------- the book
 
 
@@ -310,6 +317,10 @@ class Meter:
                 entry = {"day": day, "bytes": size, "event": asdict(event) if event else None, "about": about[:200]}
                 _append(file, json.dumps(entry, allow_nan=False).encode() + b"\n", self.path)
             return refused
+
+    def refusal(self, policy: Policy, size: int, event: Event | None = None) -> str | None:
+        """What :meth:`book` would answer today; nothing is booked."""
+        return _over(policy, self.today(), size, event)
 
     def _day(self) -> str:
         return datetime.fromtimestamp(self.now(), UTC).date().isoformat()

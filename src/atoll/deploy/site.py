@@ -60,6 +60,32 @@ def read_place(data: str | None, rehearse: bool) -> Place:
     return Place(fields)
 
 
+def with_own_rows(config: Any, place: Place) -> Recipe:
+    """The server's recipe, with this site's own rows in the place of the server's."""
+    if not isinstance(config, Mapping):
+        raise MessageError("the server's recipe is no mapping")
+    data = config.get("data")
+    data = {"name": data} if isinstance(data, str) else dict(data) if isinstance(data, Mapping) else {}
+    data = {k: v for k, v in data.items() if k not in PLACES}
+    if isinstance(place.source, Mapping):
+        data = {**({} if "name" in place.source else data), **place.source}
+    elif place.source is not None:
+        data["path"] = place.source
+    return read_recipe({**config, "data": data, "backend": "inline"}, "the server's recipe")
+
+
+def read_rows(recipe: Recipe, place: Place, site: int, sites: int) -> tuple[SiteData, bool, Any]:
+    """This site's rows, whether mean and scale must be fitted to all sites' rows, and the tokenizer of text."""
+    if place.rehearse:
+        federation = recipe.federation()
+        if len(federation.sites) != sites:
+            raise DataError(f"the recipe makes {len(federation.sites)} sites, but {sites} take part")
+        return federation.sites[site], False, federation.tokenizer
+    loaded = recipe.data.load()
+    own = one_site(loaded, site, seed=recipe.seed, validation=recipe.validation, test=recipe.test)
+    return own, loaded.fit, loaded.tokenizer
+
+
 class SiteProgram:
     """Answers for one site, across any number of runs.
 
@@ -113,36 +139,13 @@ class SiteProgram:
         run, site, sites = _text(message, "run"), _count(message, "site"), _count(message, "sites")
         if not run.isalnum() or len(run) > 64 or site >= sites:
             raise MessageError("the server's greeting is malformed")
-        recipe = self._recipe(message.facts.get("recipe"))
+        recipe = with_own_rows(message.facts.get("recipe"), self.place)
         self.guard.recipe(recipe, sites)
-        own, fit, tokenizer = self._rows(recipe, site, sites)
+        own, fit, tokenizer = read_rows(recipe, self.place, site, sites)
         self.guard.rows(recipe, own)
         summary = describe(own, fit=fit, tokenizer=tokenizer)
         self._joined[run] = _Joined(self, run, site, sites, message.facts["recipe"], recipe, own)
         return self.leave(Message("summary", {}, {"summary": summary.facts()}))
-
-    def _recipe(self, config: Any) -> Recipe:
-        """The server's recipe, with this site's own rows in the place of the server's."""
-        if not isinstance(config, Mapping):
-            raise MessageError("the server's recipe is no mapping")
-        data = config.get("data")
-        data = {"name": data} if isinstance(data, str) else dict(data) if isinstance(data, Mapping) else {}
-        data = {k: v for k, v in data.items() if k not in PLACES}
-        if isinstance(self.place.source, Mapping):
-            data = {**({} if "name" in self.place.source else data), **self.place.source}
-        elif self.place.source is not None:
-            data["path"] = self.place.source
-        return read_recipe({**config, "data": data, "backend": "inline"}, "the server's recipe")
-
-    def _rows(self, recipe: Recipe, site: int, sites: int) -> tuple[SiteData, bool, Any]:
-        if self.place.rehearse:
-            federation = recipe.federation()
-            if len(federation.sites) != sites:
-                raise DataError(f"the recipe makes {len(federation.sites)} sites, but {sites} are registered")
-            return federation.sites[site], False, federation.tokenizer
-        loaded = recipe.data.load()
-        own = one_site(loaded, site, seed=recipe.seed, validation=recipe.validation, test=recipe.test)
-        return own, loaded.fit, loaded.tokenizer
 
     def _first(self, message: Message) -> Message:
         joined = self._greeted(message)
@@ -183,9 +186,9 @@ class SiteProgram:
             if not path.exists():
                 raise MessageError("the site does not know this run; greet it first")
             kept = json.loads(path.read_text())
-            recipe = self._recipe(kept["recipe"])
+            recipe = with_own_rows(kept["recipe"], self.place)
             self.guard.recipe(recipe, kept["sites"])
-            own, _, _ = self._rows(recipe, kept["site"], kept["sites"])
+            own, _, _ = read_rows(recipe, self.place, kept["site"], kept["sites"])
             self.guard.rows(recipe, own)
             joined = _Joined(self, run, kept["site"], kept["sites"], kept["recipe"], recipe, own)
             joined.own = adopt(own, read_summary(kept["agreed"], "the server"))
