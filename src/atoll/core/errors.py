@@ -43,6 +43,12 @@ class RecipeError(AtollError):
         super().__init__(head + ":\n" + "\n".join(f" {i}. {p}" for i, p in enumerate(self.problems, 1)))
 
 
+def one_line(text: object, most: int = 1000) -> str:
+    """What a stranger said, fit for a log or a terminal: one line, printable characters, not endless."""
+    line = " ".join(str(text)[: 2 * most].split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:most]
+
+
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """`` Did you mean `x`?`` with a leading space, or the choices when nothing is close."""
     allowed = sorted(allowed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from atoll.data.dataset import SiteData
 from atoll.deploy import policy as rules
 from atoll.deploy.policy import Meter, Policy, read_policy
 from atoll.federated.method import Method
-from atoll.recipes.recipe import Recipe
+from atoll.recipes.recipe import Recipe, recipe_config
 
 
 class Refused(AtollError):
@@ -39,6 +40,7 @@ class Guard:
         refused = (
             rules.recipe_refusal(self.policy, method.card.name, method.local.produces, sites),
             rules.columns_refusal(self.policy, columns),
+            rules.files_refusal(self.policy, recipe_config(recipe)),
         )
         if found := [r for r in refused if r]:
             raise found_all(found)
@@ -53,7 +55,8 @@ class Guard:
     def model(self, model: nn.Module) -> None:
         parameters = list(model.parameters())
         size = sum(t.numel() * t.element_size() for t in [*parameters, *model.buffers()])
-        _pass(rules.model_refusal(self.policy, sum(p.numel() for p in parameters), size))
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        _pass(rules.model_refusal(self.policy, sum(p.numel() for p in parameters), size, machine))
 
     def sums(self, own: SiteData) -> None:
         _pass(rules.sums_refusal(self.policy, len(own.train)))
@@ -75,11 +78,12 @@ class Guard:
         event = rules.participation(self.policy, method, cohort, sites)
         _pass(self.meter.book(self.policy, size, event, about))
 
-    def without_numbers(self, outcome: Message) -> Message:
-        """Under an epsilon budget, numbers without noise stay here: a visit's metrics, its work and its time."""
-        if self.policy.epsilon_per_day is None:
-            return outcome
-        return Message(outcome.kind, outcome.parts, {**outcome.facts, "metrics": {}, "flops": 0.0, "seconds": 0.0})
+    def without_metrics(self, outcome: Message) -> Message:
+        """Under an epsilon budget, a visit's metrics stay here: they carry no noise. (Its work and its time say how
+        many rows there are, which the server has been told.)"""
+        return (
+            outcome if self.policy.epsilon_per_day is None else replace(outcome, facts={**outcome.facts, "metrics": {}})
+        )
 
     def again(self, size: int, about: str) -> None:
         """Book other bytes that leave: a reply that was sent before, a description, sums, metrics."""

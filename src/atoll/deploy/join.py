@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from atoll.core.errors import RunError
+from atoll.core.errors import RunError, one_line
 from atoll.core.files import write_atomic
 from atoll.core.message import Message
 from atoll.deploy.link import LinkLost, SiteEnd, sign_off
@@ -57,13 +57,15 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
     try:
         end = node.start()
         say(f"joined {connection.server}; waiting for requests (Ctrl-C leaves)")
+        trouble = ""
         while not stop.asked:
             try:
                 taken = end.take()
             except LinkLost as e:
                 if node.ended():
                     end = node.start()
-                elif node.settled():
+                elif node.settled() and str(e) != trouble:
+                    trouble = str(e)
                     say(f"{time.strftime('%H:%M:%S')} {e}")
                 time.sleep(0.2)
                 continue
@@ -76,7 +78,7 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
             said = taken.message
             with taken.at_work():
                 answer = program.answer(said) if isinstance(said, Message) else failed(said)
-            say(_line(said, answer) + (f" ({program.trouble})" if program.trouble else ""))
+            say(_line(said, answer) + (f" ({one_line(program.trouble)})" if program.trouble else ""))
             try:
                 taken.answer(answer)
             except LinkLost:
@@ -89,10 +91,10 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
 
 def _line(said: Message | str, answer: Message) -> str:
     """One line of the operator's log for a request and its answer."""
-    what = said.kind if isinstance(said, Message) else "unreadable request"
-    where = f" {said.facts['round']}" if isinstance(said, Message) and "round" in said.facts else ""
+    what = one_line(said.kind, 40) if isinstance(said, Message) else "unreadable request"
+    where = f" {one_line(said.facts['round'], 20)}" if isinstance(said, Message) and "round" in said.facts else ""
     if answer.kind == "failed" or answer.facts.get("error"):
-        return f"{time.strftime('%H:%M:%S')} {what}{where}: refused: {answer.facts.get('error')}"
+        return f"{time.strftime('%H:%M:%S')} {what}{where}: refused: {one_line(answer.facts.get('error'))}"
     return f"{time.strftime('%H:%M:%S')} {what}{where}: {answer.kind}, {answer.payload_bytes:,} bytes"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -261,7 +262,7 @@ class ServerEnd:
         from flwr.proto.node_pb2 import Node
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
         from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
+        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
         if a.proto.HasField("error"):
             return Lost(f"no answer from its node ({a.proto.error.reason[:200]})", again=True)
@@ -274,8 +275,7 @@ class ServerEnd:
                 a.size, a.since = a.size + len(piece), time.monotonic()
                 if a.size > self.limits.max_bytes + self.limits.max_header_bytes:
                     return Lost(f"its answer has more than {self.limits.max_bytes:,} bytes")
-            whole: Any = inflate_object_from_contents(a.tree.object_id, a.contents)
-            return from_records(whole.content, self.limits)
+            return from_records(_whole(a.tree.object_id, a.contents, self.limits).content, self.limits)
         except ObjectUnavailableError:
             return Lost("its answer never came in full", again=True) if a.idle > UPLOAD else None
         except AtollError as e:
@@ -413,7 +413,7 @@ class Taken:
         from flwr.proto.node_pb2 import Node
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
         from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
+        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
         node, run = Node(node_id=self.node), self._context.run_id
         pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
@@ -430,7 +430,10 @@ class Taken:
                 time.sleep(0.02)
             if sum(map(len, contents.values())) > limits.max_bytes + limits.max_header_bytes:
                 raise LinkLost("a request is too long")
-        whole: Any = inflate_object_from_contents(tree.object_id, contents)
+        try:
+            whole = _whole(tree.object_id, contents, limits)
+        except Exception as e:  # without its form there is nothing that could be answered
+            raise LinkLost(f"a request cannot be put together ({type(e).__name__})") from e
         whole.metadata.__dict__["_message_id"] = tree.object_id  # the pieces do not say it
         self._flower = whole
         self._client.ConfirmMessageReceived(
@@ -472,6 +475,24 @@ class Taken:
             push_message(self._client, FlowerMessage(to_records(message), reply_to=self._flower), self._context)
             push_task_output(self._client, self._context, "completed", "")
         self._client.close()
+
+
+def _whole(root: str, contents: dict[str, bytes], limits: Limits) -> Any:
+    """The message that the pieces make. An array lists its chunks, and may list one a thousand times over: what they
+    add up to is known before any of it takes memory."""
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    size = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            listed = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            size += sum(len(contents[children[i]]) for i in listed)
+    if size > limits.max_bytes + limits.max_header_bytes:
+        raise MessageError(f"A message of {size:,} bytes is over the limit of {limits.max_bytes:,}.")
+    return inflate_object_from_contents(root, contents)
 
 
 def _ssh_bytes(pem: bytes) -> bytes:

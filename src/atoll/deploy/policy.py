@@ -24,12 +24,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -38,7 +38,7 @@ from atoll.core.errors import AtollError, RecipeError, RunError, did_you_mean
 from atoll.data.dataset import Info
 from atoll.federated.method import LocalWork, Method
 from atoll.privacy.accounting import Event, Sampling, epsilon
-from atoll.recipes.recipe import read_yaml
+from atoll.recipes.recipe import PATHS, read_yaml
 
 ROWS = ("proxies",)
 """Kinds of message that hold rows of the site's data. They leave only where the rules name them."""
@@ -67,6 +67,7 @@ class Policy:
         max_parameters: of the largest model that the site will run.
         max_model_bytes: likewise.
         packages: whose code a recipe may name.
+        files: of this site that a recipe may name, letter by letter, such as the folder with a model's first weights.
         seconds: longest visit.
     """
 
@@ -86,6 +87,7 @@ class Policy:
     max_parameters: Amount | None = None
     max_model_bytes: Amount | None = None
     packages: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     seconds: Annotated[float, Gt(0)] | None = None
 
 
@@ -167,6 +169,28 @@ def columns_refusal(policy: Policy, columns: Iterable[str]) -> str | None:
     )
 
 
+def files_refusal(policy: Policy, config: Any) -> str | None:
+    """Whether a recipe (plain values) names files or addresses that it may. Rows are the operator's own business."""
+    for name, value in _fields({k: v for k, v in config.items() if k != "data"}):
+        if name in PATHS and value is not None and value not in policy.files:
+            return (
+                f"The recipe names `{str(value)[:80]}`, and files of this site are opened only where its rules list "
+                "them under `files`."
+            )
+    return None
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """All fields with a name, at any depth."""
+    if isinstance(value, Mapping):
+        for name, v in value.items():
+            yield name, v
+            yield from _fields(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _fields(v)
+
+
 def columns_read(info: Info, *named: str | None) -> tuple[str, ...]:
     """The columns behind a loaded table: its features, and those named (target, owner)."""
     text = {f"{c}={k}": c for c, kinds in info.categories.items() for k in kinds}
@@ -205,8 +229,10 @@ def _few(policy: Policy, rows: int, what: str) -> str | None:
     return f"{what} over fewer than {policy.least_rows} rows do not leave this site; it has {rows}." if few else None
 
 
-def model_refusal(policy: Policy, parameters: int, size: int) -> str | None:
-    """Whether a model of so many parameters and bytes may run here."""
+def model_refusal(policy: Policy, parameters: int, size: int, machine: int = 1 << 62) -> str | None:
+    """Whether a model of so many parameters and bytes may run here, on a machine with so many bytes of memory."""
+    if size > machine:
+        return f"The model takes {size:,} bytes, more than the memory of this site's machine."
     if policy.max_parameters is not None and parameters > policy.max_parameters:
         return f"The model has {parameters:,} parameters; this site runs at most {policy.max_parameters:,}."
     if policy.max_model_bytes is not None and size > policy.max_model_bytes:
@@ -358,14 +384,22 @@ class Meter:
     def _entry(self, line: bytes) -> tuple[str, int, Event | None]:
         try:
             e = json.loads(line)
-            event = e["event"]
+            event, size = e["event"], e["bytes"]
             if event is not None:
-                event = Event(float(event["multiplier"]), Sampling(**event["sampling"]), int(event["count"]))
-            return str(e["day"]), int(e["bytes"]), event
-        except (ValueError, KeyError, TypeError) as error:
+                event = Event(float(event["multiplier"]), Sampling(**event["sampling"]), _count(event["count"]))
+                if not 0 <= event.multiplier < math.inf:
+                    raise ValueError("multiplier")
+            return date.fromisoformat(e["day"]).isoformat(), _count(size), event
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RunError(
                 f"{self.path}, the book of what leaves this site, is damaged. Nothing leaves until it is mended."
             ) from error
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("count")
+    return value
 
 
 def _append(file: int, line: bytes, path: Path) -> None:

@@ -8,6 +8,7 @@ and each request is answered: with what was asked for, or with a sentence that s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from atoll.data.federation import one_site
 from atoll.deploy.guard import Guard, Refused
 from atoll.federated.dispatch import failed
 from atoll.federated.remote import RemoteSite
+from atoll.federated.secure.vault import FileVault
 from atoll.federated.states import FileStates
 from atoll.federated.visit import Setup, Worker
 from atoll.federated.wire import EVALUATE, OUTCOME, VISIT, Request, unpack
@@ -31,8 +33,12 @@ from atoll.recipes.recipe import PATHS, Recipe, read_recipe, read_yaml
 from atoll.recipes.run import export_model
 
 HELLO, FIRST, SECOND, BEGIN, FINISH = "hello", "first moments", "second moments", "begin", "finish"
+RUN = "[0-9a-zA-Z]{1,64}"
+"""The name of a run names a folder at the site."""
 PLACES = (*PATHS, "url", "query", "config")
 """Fields of a source that say where rows lie: a site takes them from its own operator only."""
+MOST_SITES = 100_000
+"""In a federation that a site takes part in: what it holds about the others grows with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +73,21 @@ def with_own_rows(config: Any, place: Place) -> Recipe:
     data = config.get("data")
     data = {"name": data} if isinstance(data, str) else dict(data) if isinstance(data, Mapping) else {}
     data = {k: v for k, v in data.items() if k not in PLACES}
+    _stay_within(data, place.source if isinstance(place.source, Mapping) else {})
     if isinstance(place.source, Mapping):
         data = {**({} if "name" in place.source else data), **place.source}
     elif place.source is not None:
         data["path"] = place.source
     return read_recipe({**config, "data": data, "backend": "inline"}, "the server's recipe")
+
+
+def _stay_within(data: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse what would lead out of the place that the operator has named."""
+    tokenizer, pattern = data.get("tokenizer", "bytes"), data.get("pattern", "*")
+    if "tokenizer" not in own and tokenizer not in ("bytes", "bpe"):
+        raise Refused("The recipe names a tokenizer's file, which a site takes from its own operator only.")
+    if "pattern" not in own and (not isinstance(pattern, str) or ".." in pattern or pattern.startswith(("/", "~"))):
+        raise Refused("The recipe's `pattern` leads out of the folder that this site has opened.")
 
 
 def read_rows(recipe: Recipe, place: Place, site: int, sites: int) -> tuple[SiteData, bool, Any]:
@@ -137,8 +153,10 @@ class SiteProgram:
     def _hello(self, message: Message) -> Message:
         """Read the recipe, check it against the rules, load the rows and describe them."""
         run, site, sites = _text(message, "run"), _count(message, "site"), _count(message, "sites")
-        if not run.isalnum() or len(run) > 64 or site >= sites:
+        if not re.fullmatch(RUN, run) or site >= sites:
             raise MessageError("the server's greeting is malformed")
+        if sites > MOST_SITES:
+            raise Refused(f"A federation of {sites:,} sites is more than this site takes part in ({MOST_SITES:,}).")
         recipe = with_own_rows(message.facts.get("recipe"), self.place)
         self.guard.recipe(recipe, sites)
         own, fit, tokenizer = read_rows(recipe, self.place, site, sites)
@@ -180,7 +198,7 @@ class SiteProgram:
         """A run in which this site takes part, from its folder when this process has not seen it yet."""
         joined = self._joined.get(run)
         if joined is None:
-            if not run.isalnum() or len(run) > 64:
+            if not re.fullmatch(RUN, run):
                 raise MessageError("the name of the run is malformed")
             path = self.folder / run / "begin.json"
             if not path.exists():
@@ -225,7 +243,12 @@ class _Joined:
         if self._end is None:
             p = self.program
             setup = setup_of(self.recipe, {self.site: self.own}, self.sites, self.own.train.info)
-            setup = replace(setup, device=p.device, threads=p.threads, timeout=p.guard.seconds(self.recipe.timeout))
+            setup = replace(
+                setup, device=p.device, threads=p.threads, timeout=p.guard.seconds(self.recipe.timeout),
+                vault=FileVault(self.folder / "vault"),
+            )  # fmt: skip
+            with torch.device("meta"):  # a model without end is refused before it takes memory
+                p.guard.model(setup.task.model(setup.seed, self.site))
             worker = Worker(setup, FileStates(self.folder / "states", durable=True))
             p.guard.model(worker.site_model(self.site).model)
             self._end = RemoteSite(worker, self.site, self.folder, self.name)
@@ -243,21 +266,23 @@ class _Joined:
         if message.kind == FINISH:
             return self._finish(request)
         job = request.job
-        name = [request.run, job.site, job.round, job.repeat]
+        name = [request.run, job.site, job.round, job.repeat, job.secure.session if job.secure else ""]
         if (said := self._said(name)) is not None:
             return self.program.leave(said)
         guard.cohort(job.cohort, self.sites)
         answer = self.end.handle(message)
         if answer.kind == OUTCOME and answer.facts["message"] is not None:
             method, about = self.end.worker.setup.method, f"run {self.name}, round {job.round}"
-            answer = guard.without_numbers(answer)
+            answer = guard.without_metrics(answer)
             size, kind = encoded_size(answer), answer.facts["message"]["kind"]
             guard.reply(method, kind, job.cohort, self.sites, size, about)
             self._say(name, answer)
         return answer
 
     def ask(self, message: Message) -> Message:
-        return self.program.leave(self.end.handle(message))
+        """Answer a question that is not a visit: the phases of a secure sum."""
+        facts = {name: fact for name, fact in message.facts.items() if name != "run"}
+        return self.program.leave(self.end.handle(Message(message.kind, message.parts, facts)))
 
     def _say(self, name: list[Any], answer: Message) -> None:
         kept = Message(answer.kind, answer.parts, {"name": name, "facts": dict(answer.facts)})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from atoll.core.errors import RunError, SiteFailed
+from atoll.core.errors import RunError, SiteFailed, one_line
 from atoll.core.message import Message
 from atoll.deploy.link import LinkLost, Lost, NodeState
 from atoll.deploy.site import FINISH
@@ -22,6 +22,7 @@ from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
 POLL = 0.05  # seconds between looks for answers
 NODES = 1.0  # seconds between looks for nodes
+TRIES = 10  # requests whose answer went astray, until it is the site's fault
 TTL = 7 * 24 * 3600.0  # seconds; a site that is away for longer has its request sent again
 
 
@@ -70,6 +71,7 @@ class Call:
     number: str = ""
     activated: str = ""
     lacking: bool = False
+    tries: int = 0
     away: float = 0.0
     answer: Message | str | None = None
 
@@ -155,14 +157,15 @@ class Switchboard:
 
     def _take(self, c: Call, found: Message | Lost) -> None:
         if isinstance(found, Lost):
-            if found.again:
+            c.tries += 1
+            if found.again and c.tries < TRIES:
                 self.counts["requests sent again"] += 1
                 c.number = ""
             else:
                 self.counts["answers refused"] += 1
                 c.answer = found.why
         elif found.kind == FAILED:
-            c.answer = str(found.facts.get("error", "")) or "it failed and did not say why"
+            c.answer = one_line(found.facts.get("error", "")) or "it failed and did not say why"
         elif found.kind == "lacks" and not c.lacking:
             self.counts["whole replicas sent again"] += 1
             c.lacking, c.number = True, ""
@@ -243,7 +246,9 @@ class DeployedWorkers:
         return build
 
     def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
-        tickets = {site: self.board.call(site, _always(m), self.setup.timeout) for site, m in requests.items()}
+        """Put a question to sites, outside of any visit; a site must know of which run it is."""
+        named = {s: Message(m.kind, m.parts, {**m.facts, "run": self.dispatch.run}) for s, m in requests.items()}
+        tickets = {site: self.board.call(site, _always(m), self.setup.timeout) for site, m in named.items()}
         return {site: self.board.wait(ticket) for site, ticket in tickets.items()}
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from atoll.core.errors import one_line
 from atoll.federated.visit import Outcome
 
 
@@ -50,10 +51,10 @@ class Row:
             self.site_metrics[site] = dict(outcome.metrics)
 
     def refuse(self, site: int, reason: str) -> None:
-        self.refused[site] = reason
+        self.refused[site] = one_line(reason)  # it may be the site's own words
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        self.notes.append(one_line(text))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, without the engine."""

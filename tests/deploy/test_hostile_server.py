@@ -1,0 +1,249 @@
+"""A hostile server: whatever it asks, a site answers with what its rules allow or with a sentence, and no more."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll.core.message import Message, encode
+from atoll.data.agreement import agree, read_summary
+from atoll.deploy.guard import make_guard
+from atoll.deploy.site import BEGIN, FINISH, FIRST, HELLO, SECOND, Place, SiteProgram, setup_of, stand_in
+from atoll.deploy.workers import NoStates
+from atoll.federated.dispatch import Dispatch
+from atoll.federated.visit import Job, Publication, Worker
+from atoll.recipes.recipe import read_recipe
+
+SITES = 3
+CONFIG = {
+    "data": "digits", "sites": SITES, "model": {"name": "mlp", "hidden": [8]},
+    "method": {"name": "fedavg", "training": {"lr": 0.1, "epochs": 1, "batch_size": 64}},
+    "uplink": [{"name": "clip", "norm": 1.0}, {"name": "gaussian_noise", "clip_norm": 1.0, "multiplier": 4.0}],
+}  # fmt: skip
+
+
+class Federation:
+    """A site and the server that speaks to it."""
+
+    def __init__(self, folder: Path, rules: str = "{}", place: Place = Place(rehearse=True)) -> None:
+        self.folder, self.place, self.rules = folder / "site", place, folder / "policy.yaml"
+        self.rules.write_text(rules)
+        self.start()
+
+    def start(self) -> None:
+        self.program = SiteProgram(self.folder, self.place, make_guard(self.rules, self.folder))
+
+    def ask(self, kind: str, **facts) -> Message:
+        return self.program.answer(Message(kind, {}, facts))
+
+    def hello(self, **facts) -> Message:
+        return self.ask(HELLO, **{"run": "r1", "site": 0, "sites": SITES, "recipe": CONFIG, **facts})
+
+    def begin(self) -> None:
+        """Greet, agree, and make ready to send requests."""
+        summary = read_summary(self.hello().facts["summary"], "the site")
+        agreed = agree({str(i): summary for i in range(SITES)})
+        assert self.ask(BEGIN, run="r1", agreed=agreed.facts()).kind == "ready"
+        info = agreed.info()
+        setup = setup_of(read_recipe(CONFIG), {0: stand_in(info, summary.rows)}, SITES, info)
+        share = setup.method.share
+        replica = share.initial(Worker(setup, NoStates()).site_model(None).model)
+        self.dispatch = Dispatch(share, "r1")
+        self.dispatch.publish(Publication(0, replica, setup.method.server.open(replica).common))
+
+    def visit(self, cohort: int = SITES, repeat: int = 0, **facts) -> Message:
+        request = self.dispatch.request(Job(0, 0, repeat, cohort, missing=(0,)))
+        return Message(request.kind, request.parts, {**request.facts, **facts})
+
+    def booked(self) -> int:
+        return len((self.folder / "book.jsonl").read_text().splitlines())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Federation:
+    return Federation(tmp_path)
+
+
+OPENED: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def _hook() -> None:
+    """Python takes no hook away again, so there is one."""
+    sys.addaudithook(
+        lambda event, args: OPENED.append(str(args[0])) if event == "open" and "elsewhere" in str(args[0]) else None
+    )
+
+
+@pytest.fixture
+def opened(_hook) -> list[str]:
+    """Files whose name says that nobody should open them."""
+    OPENED.clear()
+    return OPENED
+
+
+def refused(answer: Message, *words: str) -> None:
+    """A sentence, one line, without a path of this machine."""
+    said = answer.facts.get("error", "")
+    assert answer.kind in ("failed", "outcome"), answer.kind
+    assert said, "no reason"
+    assert answer.facts.get("message") is None
+    assert not answer.parts
+    assert all(w in said for w in words), said
+    assert "/" not in said.replace("`/elsewhere/", ""), said
+
+
+NESTED: dict = {}
+for _ in range(500):
+    NESTED = {"name": "checkpoint", "network": NESTED}
+HOSTILE_RECIPES = {
+    "no mapping": [1, 2],
+    "nothing known": {"x": 1},
+    "numbers for names": {**CONFIG, "method": 7},
+    "a checkpoint": {**CONFIG, "model": {"name": "checkpoint", "path": "/elsewhere/model"}},
+    "a checkpoint within": {**CONFIG, "site_models": [{"name": "checkpoint", "path": "/elsewhere/model"}]},
+    "a model's folder": {**CONFIG, "model": {"name": "transformers_model", "path": "/elsewhere/model"}},
+    "a partition's file": {**CONFIG, "partition": {"name": "from_file", "path": "/elsewhere/split"}},
+    "code": {**CONFIG, "model": {"name": "user", "factory": "antigravity:fly"}},
+    "code in a package of ours": {**CONFIG, "model": {"name": "user", "factory": "atoll.deploy.keys:make_site_key"}},
+    "a dotted name": {**CONFIG, "model": "os.path"},
+    "a name with a way out": {**CONFIG, "model": "../../deploy/keys"},
+    "an attack": {**CONFIG, "attack": "sign_flip"},
+    "a deep structure": {**CONFIG, "model": NESTED},
+    "a model without end": {**CONFIG, "model": {"name": "mlp", "hidden": [1 << 40, 1 << 40]}},
+    "a model of 160 GB": {**CONFIG, "model": {"name": "mlp", "hidden": [200_000, 200_000]}},
+    "a run's name with a way out": {**CONFIG, "name": "../../x"},
+    "control characters": {**CONFIG, "\x1b[2J\nall is well": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_RECIPES)
+def test_a_hostile_recipe_opens_imports_and_writes_nothing(name, site, tmp_path, opened):
+    answer = site.hello(recipe=HOSTILE_RECIPES[name])
+    if answer.kind == "summary":  # what its model is, a site finds out when it makes it
+        assert site.ask(BEGIN, run="r1", agreed=answer.facts["summary"]).kind == "ready"
+        answer = site.ask("visit", run="r1", site=0, round=0, repeat=0, cohort=3, state_tag=None, version=0,
+                          broadcasts=[], own=None, secure=None)  # fmt: skip
+    refused(answer)
+    assert "antigravity" not in sys.modules
+    assert not opened
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.yaml", "site"]
+
+
+def test_what_a_recipe_names_at_the_site_is_opened_only_where_the_rules_list_it(tmp_path):
+    site = Federation(tmp_path)
+    checkpoint = {**CONFIG, "model": {"name": "checkpoint", "path": "/elsewhere/model"}}
+    refused(site.hello(recipe=checkpoint), "`/elsewhere/model`", "`files`")
+    site.rules.write_text("files: [/elsewhere/model]")
+    site.start()
+    assert site.hello(recipe=checkpoint).kind == "summary"
+
+
+def test_rows_outside_of_what_the_operator_opened_stay_closed(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("what may be read " * 50)
+    (tmp_path / "secret.txt").write_text("what may not " * 50)
+    site = Federation(tmp_path, place=Place(str(tmp_path / "open")))
+    text = {"name": "text_files", "length": 16, "site": "none"}
+    assert site.hello(recipe={"data": text}).kind == "summary"
+    for way in ("../*.txt", "/etc/*", "~/*", "**/../../*", 7):
+        refused(site.hello(recipe={"data": {**text, "pattern": way}}), "pattern")
+    for file in ("/elsewhere/tokenizer.json", "tokenizer.json", ["x"]):
+        refused(site.hello(recipe={"data": {**text, "tokenizer": file}}), "tokenizer")
+    for place in ("path", "test_path", "url", "query"):  # simply not the server's to say
+        answer = site.hello(recipe={"data": {**text, place: str(tmp_path)}})
+        assert answer.kind == "summary"
+        assert str(tmp_path) not in str(answer.facts)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"sites": 1 << 30}, {"sites": 0}, {"sites": -1}, {"site": 5}, {"sites": True}, {"sites": 10.0},
+        {"sites": 10**30}, {"run": "../x"}, {"run": "a/b"}, {"run": ""}, {"run": "."}, {"run": "x" * 300},
+        {"run": "\u0665"}, {"run": None}, {"recipe": None}, {"recipe": "fedavg"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_malformed_greeting(facts, site):
+    refused(site.hello(**facts))
+    assert [p.name for p in site.folder.iterdir()] == []
+
+
+def test_requests_that_nobody_of_ours_would_send(site):
+    site.begin()
+    files = sorted(site.folder.rglob("*"))
+    wrong = [
+        {"run": "r2"}, {"run": "../r1"}, {"site": 1}, {"round": -1}, {"round": 1.5}, {"cohort": 0}, {"cohort": 1},
+        {"cohort": 1 << 40}, {"state_tag": "../../x"}, {"state_tag": "0-0"}, {"state_tag": 3}, {"version": "0"},
+        {"broadcasts": None}, {"broadcasts": [{}]}, {"own": []}, {"secure": {}}, {"broadcasts": [[]] * 1000},
+    ]  # fmt: skip
+    for facts in wrong:
+        refused(site.program.answer(site.visit(**facts)))
+    refused(site.ask("evaluate", **{**site.visit().facts, "part": "../../train"}))
+    refused(site.ask(FINISH))
+    for kind in ("", "shutdown", "__class__", "secure.channel", "x" * 10_000):
+        refused(site.ask(kind, run="r1"))
+    assert [
+        p for p in sorted(site.folder.rglob("*")) if p not in files and p.name not in ("states", "book.jsonl")
+    ] == []
+    assert site.program.answer(site.visit()).kind == "outcome", "it goes on working"
+
+
+def test_broadcasts_with_bad_numbers_leave_the_site_able_to_go_on(site):
+    site.begin()
+    for bad in (
+        lambda t: t * float("nan"), lambda t: t[..., None], lambda t: t.double(), lambda t: t.bool(),
+        lambda t: torch.empty(0),
+    ):  # fmt: skip
+        request = site.visit(repeat=1)
+        parts = {p: {n: bad(t) for n, t in tree.items()} for p, tree in request.parts.items()}
+        answer = site.program.answer(Message(request.kind, parts, request.facts))
+        assert answer.kind in ("failed", "outcome")
+    nothing = Message("visit", {}, site.visit().facts)
+    refused(site.program.answer(nothing))
+    answer = site.program.answer(site.visit())
+    assert answer.kind == "outcome"
+    assert not answer.facts["error"], answer.facts["error"]
+
+
+def test_a_visit_that_is_asked_for_again_says_the_same_bytes_and_costs_epsilon_once(tmp_path):
+    site = Federation(tmp_path, "{epsilon_per_day: 100, evaluate: true}")
+    site.begin()
+    first = encode(site.program.answer(site.visit()))
+    booked = site.program.guard.meter.today().events
+    assert [e.count for e in booked] == [1]
+    for _ in range(3):
+        site.start()  # also by another process
+        assert encode(site.program.answer(site.visit())) == first
+    assert site.program.guard.meter.today().events == booked
+    assert encode(site.program.answer(site.visit(repeat=1))) != first
+    assert [e.count for e in site.program.guard.meter.today().events] == [2]
+
+
+def test_without_noise_nothing_leaves_that_would_break_the_budget(tmp_path):
+    site = Federation(tmp_path, "{epsilon_per_day: 1}")
+    site.begin()
+    refused(site.program.answer(site.visit()), "epsilon")
+    refused(site.ask("evaluate", **{**site.visit().facts, "part": "test"}), "Metrics")
+    refused(site.ask(FIRST, run="r1", agreed={}))
+
+
+def test_forged_agreements(site):
+    summary = site.hello().facts["summary"]
+    forged = [
+        None, [], {}, {**summary, "shape": [1, 8, 9]}, {**summary, "shape": [1 << 20, 1 << 20, 1 << 20]},
+        {**summary, "kind": "text"}, {**summary, "num_classes": None}, {**summary, "rows": [1, 2]},
+        {**summary, "mean": "nan"}, {**summary, "mean": {"shape": [4], "values": [1.0]}},
+        {**summary, "class_names": ["a"] * 10}, {**summary, "class_names": [str(i) for i in range(9)]},
+        {**summary, "labelled": False}, {**summary, "dtype": "torch.object"},
+    ]  # fmt: skip
+    for agreed in forged:
+        for kind in (FIRST, BEGIN):
+            refused(site.ask(kind, run="r1", agreed=agreed))
+    for mean in (None, {}, {"x": "nan"}, {"x": {"shape": [-1], "values": []}}, {"mean": float("nan")}):
+        refused(site.ask(SECOND, run="r1", mean=mean))
+    site.begin()
