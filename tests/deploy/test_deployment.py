@@ -15,6 +15,10 @@ RECIPES = {
     "shapes of each site's own": {
         "model": MLP, "method": {"name": "flora", "ranks": [2, 4], "training": TRAINING},
     },
+    "a sum that hides its parts": {
+        "model": MLP, "method": {"name": "fedavg", "training": TRAINING},
+        "secure": {"name": "secure_sum", "bits": 16, "clip": 0.5, "threshold": 0.6},
+    },
     "predictions and models of each site's own": {
         "site_models": [MLP, {"name": "mlp", "hidden": [16]}], "method": {"name": "edgefd"},
     },
