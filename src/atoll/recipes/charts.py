@@ -57,7 +57,7 @@ class Axis:
 def nice_ticks(low: float, high: float, most: int = 6, whole: bool = False) -> tuple[float, ...]:
     """Round numbers inside ``[low, high]``, 1, 2 or 5 times a power of ten apart; at most ``most + 1``."""
     span = high - low
-    if not (math.isfinite(span) and span > 0):
+    if not (math.isfinite(span) and span / most > 0):
         return (low,)
     step = 10.0 ** math.floor(math.log10(span / most))
     step *= next(m for m in (1, 2, 5, 10, 20) if span / (step * m) <= most)
