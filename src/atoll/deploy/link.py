@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ TYPES = {VISIT: "train", EVALUATE: "evaluate"}
 """Flower's type by kind of message; all others are queries."""
 SERVER_NODE = 1
 ALIVE = 5.0  # seconds between signs of life during a visit
-PIECE = 3.0  # seconds in which the next piece of a request must come from our own SuperNode
+PIECE = 1.0  # seconds without a new piece of a request after which we ask whether our SuperNode has given it up
 UPLOAD = 60.0  # seconds without a new piece after which an answer counts as lost
 HEARTBEAT = 10.0  # seconds; Flower gives a task up after a minute without
 
@@ -332,6 +332,7 @@ class SiteEnd:
     def __init__(self, address: str, secret: bytes, limits: Limits = Limits()) -> None:
         self.address, self.limits, self._secret = address, limits, secret
         self._claims: Any = None
+        self._token = ""
 
     def _open(self, *more: Any) -> Any:
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -344,9 +345,19 @@ class SiteEnd:
 
     def take(self) -> Taken | None:
         """The next request, or None when there is none yet."""
+        from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+
+        if not self._claim():
+            return None
+        token, self._token = self._token, ""
+        return Taken(self._open(RuntimeTokenHttpInterceptor(token)), self.limits, self._claim)
+
+    def _claim(self) -> bool:
+        """Whether there is a request to take. The SuperNode works on one at a time: a new one means that it has given
+        up the last, which may never come in full."""
         from flwr.proto.runtime_pb2 import AcquireTaskRequest
         from flwr.supercore.constant import TaskType
-        from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
+        from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 
         if self._claims is None:
             self._claims = self._open(
@@ -354,11 +365,11 @@ class SiteEnd:
                     master_secret=self._secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
                 )
             )
-        with _link_errors("asking the SuperNode for work"):
-            got = self._claims.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-        if not got.token:
-            return None
-        return Taken(self._open(RuntimeTokenHttpInterceptor(got.token)), self.limits)
+        if not self._token:
+            with _link_errors("asking the SuperNode for work"):
+                got = self._claims.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            self._token = str(got.token)
+        return bool(self._token)
 
     def close(self) -> None:
         if self._claims is not None:
@@ -390,9 +401,13 @@ def sign_off(address: str, authority: bytes, key: bytes, node: int) -> None:
 
 
 class Taken:
-    """A request that this site has claimed. ``message`` is its content, or why it cannot be read."""
+    """A request that this site has claimed. ``message`` is its content, or why it cannot be read.
 
-    def __init__(self, client: Any, limits: Limits) -> None:
+    Args:
+        moved_on: whether the SuperNode has begun with another request.
+    """
+
+    def __init__(self, client: Any, limits: Limits, moved_on: Callable[[], bool]) -> None:
         from flwr.common.serde import context_from_proto
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
 
@@ -405,10 +420,12 @@ class Taken:
             trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
             if not trees:
                 raise LinkLost("the SuperNode has lost a request")
-            self._read(trees[0], limits)
+            with self.at_work():
+                self._read(trees[0], limits, moved_on)
 
-    def _read(self, tree: Any, limits: Limits) -> None:
-        """Fetch and read the message. One whose pieces stop coming is left: the server asks again."""
+    def _read(self, tree: Any, limits: Limits, moved_on: Callable[[], bool]) -> None:
+        """Fetch and read the message, however slowly it comes. One that the SuperNode has given up is left: the server
+        asks again."""
         from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
         from flwr.proto.node_pb2 import Node
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -425,7 +442,7 @@ class Taken:
                 contents[missing[0]] = pull(missing[0])
                 since = time.monotonic()
             except ObjectUnavailableError as e:
-                if time.monotonic() - since > PIECE:
+                if time.monotonic() - since > PIECE and moved_on():
                     raise LinkLost("a request never came in full") from e
                 time.sleep(0.02)
             if sum(map(len, contents.values())) > limits.max_bytes + limits.max_header_bytes:
