@@ -23,7 +23,7 @@ from atoll.deploy.site import SiteProgram
 from atoll.federated.dispatch import failed
 
 HOPELESS = 120.0  # seconds of failing starts before we give up; a server may believe in a lost node for 20
-POLL = 0.05  # seconds between looks for a request at our own SuperNode
+POLL = 0.02  # seconds between looks for a request at our own SuperNode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from atoll.core.errors import AtollError, MessageError, RunError
 from atoll.core.message import Limits, Message
+from atoll.deploy.doorbell import RING
 from atoll.deploy.superlink import TOKEN_HEADER
 from atoll.federated.records import from_records, to_records
 from atoll.federated.wire import EVALUATE, VISIT
@@ -103,6 +104,7 @@ class ServerEnd:
         self.address, self.authority, self.limits = address, authority, limits
         self._shown, self._secret = _Shown(token), secret
         self._client: Any = None
+        self._bell: Any = None
         self._run, self._task, self._beat = 0, 0, 0.0
         self._arriving: dict[str, _Arriving] = {}
 
@@ -156,6 +158,7 @@ class ServerEnd:
         self.close()
         self._arriving.clear()
         self._client = self._runtime(RuntimeTokenHttpInterceptor(got.token))
+        self._bell = self._doorbell()
         with _link_errors("opening the run at the SuperLink"):
             given = self._client.PullTaskInput(PullTaskInputRequest())
         self._run, self._task, self._beat = started.run_id, given.task_id, 0.0
@@ -177,10 +180,29 @@ class ServerEnd:
         first: list[Any] = [RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"), self._shown]
         return RuntimeHttpClient.from_server_address(self.address, interceptors=[*first, *more], **self._tls())
 
+    def _doorbell(self) -> Any:
+        import ssl
+
+        import httpx
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=self.authority.decode("ascii"))
+        return httpx.Client(
+            base_url=f"https://{self.address}", verify=context, headers={TOKEN_HEADER: self._shown.token}
+        )
+
+    def _ring(self, *nodes: int) -> None:
+        """Tell nodes that there is work; without any, tell the SuperLink that we leave."""
+        with _link_errors("ringing for a node"):
+            self._bell.post(RING, json=nodes).raise_for_status()
+
     def close(self) -> None:
         if self._client is not None:
+            with contextlib.suppress(LinkLost):
+                self._ring()
+            self._bell.close()
             self._client.close()
-            self._client = None
+            self._client = self._bell = None
 
     # ---------------------------------------------------------------- messages
 
@@ -234,6 +256,7 @@ class ServerEnd:
                 self._client.PushObject, Node(node_id=SERVER_NODE), self._run, answer.session_id
             )
             push_objects(get_all_nested_objects(flower), push, object_ids_to_push=set(answer.objects_to_push))
+            self._ring(node)
         if not answer.message_ids or not answer.message_ids[0]:
             raise LinkLost("the SuperLink did not take a request")
         return str(answer.message_ids[0])

@@ -3,6 +3,7 @@
 All of a SuperLink's interfaces share one port: the fleet's (for sites, each request signed with a registered key), and
 the control and runtime interfaces, which in the open distribution anybody who reaches the port may use. Here these two
 answer only to the program that started the SuperLink, which shows a secret; and no request may be longer than a limit.
+Sites hear of their work at once (``doorbell.py``).
 Started as ``python -m atoll.deploy.superlink`` with the options of ``flower-superlink``.
 """
 
@@ -59,12 +60,14 @@ def main() -> None:
     from flwr.superlink import extensions
     from starlette.middleware import Middleware
 
+    from atoll.deploy.doorbell import Doorbell
+
     token = os.environ.pop(TOKEN_VARIABLE, "")
     if not token:
         sys.exit(f"{TOKEN_VARIABLE} must hold the secret of the program that starts this SuperLink")
     program: Any = import_module("flwr.superlink.cli.flower_superlink")  # the package shadows its name
     program.warn_if_flwr_update_available = lambda **_: None  # no calls home
-    extensions.get_middleware = lambda: (Middleware(Door, token=token.encode()),)
+    extensions.get_middleware = lambda: (Middleware(Door, token=token.encode()), Middleware(Doorbell))
     program.flower_superlink()
 
 
