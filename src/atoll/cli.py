@@ -82,9 +82,12 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or killed, from its last completed round."""
     _trust(trust)
+    from atoll.core.errors import RunError
     from atoll.recipes.recipe import load_recipe
     from atoll.recipes.run import finished, reopen
 
+    if (folder / "federation.json").exists():
+        raise RunError(f"{folder} is the run of a server; `atoll server {folder}` goes on with it.")
     done = finished(folder)
     if done is not None:
         print(json.dumps(done) if as_json else f"{folder} is finished already: {folder / 'report.html'}")
@@ -132,8 +135,13 @@ def report(
     from atoll.recipes.report import write_report
     from atoll.recipes.run import reopen
 
-    begun = reopen(folder, load_recipe(recipe) if recipe else None)
-    print(write_report(folder, partition_svg(begun.prepared.setup.federation)))
+    if (folder / "federation.json").exists():
+        from atoll.deploy.server import served
+
+        federation = served(folder)
+    else:
+        federation = reopen(folder, load_recipe(recipe) if recipe else None).prepared.setup.federation
+    print(write_report(folder, partition_svg(federation)))
 
 
 @app.command()
@@ -188,7 +196,7 @@ def server(
 ) -> None:
     """Serve a recipe to real sites, each of which runs `atoll join`."""
     _trust(trust)
-    from atoll.deploy.server import Options, Server, resumed
+    from atoll.deploy.server import Options, begun, resumed
     from atoll.recipes.recipe import load_recipe
 
     options = Options(
@@ -202,15 +210,15 @@ def server(
         ready = resumed(Path(recipe), options, say)
     else:
         chosen = load_recipe(recipe, changes or [])
-        ready = Server(chosen, out or _free(Path("runs") / chosen.name), options, say)
+        ready = begun(chosen, out or _free(Path("runs") / chosen.name), options, say)
     _stop_on_term()
     try:
-        begun, foreseen = ready.open()
+        run, foreseen = ready.open()
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if not as_json:
         _print_plan(foreseen)
-    _go(begun, as_json, f"atoll server {ready.folder}")
+    _go(run, as_json, f"atoll server {ready.folder}")
 
 
 @app.command()

@@ -57,8 +57,11 @@ class Picture:
 def picture(federation: Federation) -> Picture:
     """Count what there is to draw."""
     tokenizer = cast("Tokenizer | None", federation.tokenizer)
-    found = histogram([s.train for s in federation.sites], federation.info, tokenizer)
     parts = np.array([[len(s.train), len(s.validation), len(s.test)] for s in federation.sites])
+    if federation.labels.get("elsewhere"):  # of rows that never come here, only the numbers are known
+        found = Histogram("rows", ("rows",), parts[:, :1], parts[:, 0])
+    else:
+        found = histogram([s.train for s in federation.sites], federation.info, tokenizer)
     names = cast("Sequence[str]", federation.labels.get("site_names") or ())
     return Picture(found, tuple(names) or tuple(f"site {i}" for i in range(len(parts))), parts)
 

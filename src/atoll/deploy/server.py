@@ -20,7 +20,7 @@ from atoll.core.errors import AtollError, RunError
 from atoll.core.files import write_atomic, write_json
 from atoll.core.message import Limits, Message
 from atoll.data.agreement import Summary, adopted, agree, means, read_summary, settle
-from atoll.data.dataset import Dataset
+from atoll.data.dataset import Dataset, Federation
 from atoll.data.federation import hold_out
 from atoll.deploy.keys import AUTHORITY, CERTIFICATE, SERVER_KEY, read_public_keys
 from atoll.deploy.link import LinkLost, Lost, NodeState, ServerEnd
@@ -182,40 +182,34 @@ class Server:
             raise
 
     def _open(self) -> tuple[Run, Plan]:
-        names = self.supervisor.names
-        kept = self.folder / FEDERATION
-        if kept.exists():
-            facts = json.loads(kept.read_text())
-            if facts["names"] != names:
-                raise RunError(
-                    f"{kept} was made with the sites {', '.join(facts['names'])}; {self.options.sites} holds keys of "
-                    f"{', '.join(names)}. Put the keys back, or start another run."
-                )
-            agreed = read_summary(facts["agreed"], str(kept))
-            rows = [read_summary(s, str(kept)).rows for s in facts["summaries"]]
-            run = facts["run"]
-        else:
+        names, path = self.supervisor.names, self.folder / FEDERATION
+        fresh = not path.exists()
+        if fresh:
             run = secrets.token_hex(8)
             agreed, summaries = self._greet(run)
             rows = [s.rows for s in summaries.values()]
-        prepared = self._prepare(agreed, rows)
+        else:
+            kept = read_federation(self.folder)
+            if kept.names != names:
+                raise RunError(
+                    f"{path} was made with the sites {', '.join(kept.names)}; {self.options.sites} holds keys of "
+                    f"{', '.join(names)}. Put the keys back, or start another run."
+                )
+            run, agreed, rows = kept.run, kept.agreed, kept.rows
+        prepared = self._prepare(Kept(run, names, agreed, rows))
         foreseen = plan(prepared)
-        if not kept.exists():
+        if fresh:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "plan.json", foreseen.as_dict())
-            all_summaries = [s.facts() for s in summaries.values()]
-            write_json(kept, {"run": run, "names": names, "agreed": agreed.facts(), "summaries": all_summaries})
             write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe, located=True).encode())
-        backend = Deployed(self.board, run)
-        return Run(self.folder, prepared, backend), foreseen
+            write_json(path, {"run": run, "names": names, "agreed": agreed.facts(), "rows": rows})
+        return Run(self.folder, prepared, Deployed(self.board, run)), foreseen
 
-    def _prepare(self, agreed: Summary, rows: Sequence[tuple[int, int, int]]) -> Prepared:
-        recipe, info = self.recipe, agreed.info()
-        mine = {"labels": {"partition": "the sites' own", "site_names": self.supervisor.names, "sites": len(rows)}}
-        own: dict[str, Any] = {**mine, **self._own_rows(agreed)}
-        setup = setup_of(recipe, {i: stand_in(info, r) for i, r in enumerate(rows)}, len(rows), info, **own)
+    def _prepare(self, kept: Kept) -> Prepared:
+        own: dict[str, Any] = {"labels": labels(kept), **self._own_rows(kept.agreed)}
+        setup = kept.setup(self.recipe, **own)
         check_method(setup.method, setup.task, setup.federation)
-        return Prepared(recipe, setup, len(rows))
+        return Prepared(self.recipe, setup, len(kept.rows))
 
     def _own_rows(self, agreed: Summary) -> dict[str, Any]:
         """The server's own rows: common test rows, and public ones."""
@@ -280,11 +274,57 @@ class Server:
         return dict(zip(names, [f[wanted] if wanted is not None else f for f in facts], strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the server remembers of its sites."""
+
+    run: str
+    names: list[str]
+    agreed: Summary
+    rows: list[tuple[int, int, int]]
+
+    def setup(self, recipe: Recipe, **more: Any) -> Setup:
+        """The federation as the server sees it: as many rows as there are, and nothing of what is in them."""
+        info = self.agreed.info()
+        sites = {i: stand_in(info, r) for i, r in enumerate(self.rows)}
+        return setup_of(recipe, sites, len(self.rows), info, **more)
+
+
+def labels(kept: Kept) -> dict[str, Any]:
+    """For the report."""
+    return {"partition": "each site's own rows", "elsewhere": True, "site_names": kept.names, "sites": len(kept.names)}
+
+
+def read_federation(folder: Path) -> Kept:
+    """Raises :class:`RunError` for a folder without a run of a server, or a damaged one."""
+    path = folder / FEDERATION
+    if not path.exists():
+        raise RunError(f"{folder} holds no run of a server (there is no {FEDERATION} in it).")
+    try:
+        facts = json.loads(path.read_text())
+        rows = [(int(a), int(b), int(c)) for a, b, c in facts["rows"]]
+        return Kept(str(facts["run"]), list(facts["names"]), read_summary(facts["agreed"], str(path)), rows)
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path} is damaged; put it back from a copy, or start another run.") from e
+
+
+def served(folder: Path) -> Federation:
+    """The federation of a server's run, for its report."""
+    kept = read_federation(folder)
+    return kept.setup(load_recipe(str(folder / "recipe.yaml")), labels=labels(kept)).federation
+
+
 def resumed(folder: Path, options: Options, say: Callable[[str], None] = print) -> Server:
     """The server of an existing run directory."""
-    if not (folder / FEDERATION).exists():
-        raise RunError(f"{folder} holds no run of a server (there is no {FEDERATION} in it).")
+    read_federation(folder)
     return Server(load_recipe(str(folder / "recipe.yaml")), folder, options, say)
+
+
+def begun(recipe: Recipe, folder: Path, options: Options, say: Callable[[str], None] = print) -> Server:
+    """The server of a new run directory."""
+    if (folder / "recipe.yaml").exists():
+        raise RunError(f"{folder} already holds a run; `atoll server {folder}` goes on with it, or give another --out.")
+    return Server(recipe, folder, options, say)
 
 
 def replace_field(part: Any, name: str, value: Any) -> Any:

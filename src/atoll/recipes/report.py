@@ -155,7 +155,10 @@ def _measured_on(r: Record) -> str:
     """Whose model, on which rows. Before the end only the method can tell."""
     if r.end is not None and r.end.get("personal"):
         return "personal models, each on its own site's test rows"
-    return "global model, common test rows" if r.end is not None else "at the last evaluation"
+    if r.end is None:
+        return "at the last evaluation"
+    own = r.start.get("common_test_rows") == 0  # older runs do not say
+    return "global model, mean over the sites' own test rows" if own else "global model, common test rows"
 
 
 def _headline_spread(r: Record) -> Spread | None:

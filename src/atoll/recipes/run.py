@@ -174,6 +174,7 @@ class Run:
             "partition": {k: v for k, v in federation.labels.items() if isinstance(v, str | int | float)},
             "sites": [len(s.train) for s in federation.sites], "versions": versions(),
             "site_names": federation.labels.get("site_names"), "test_rows": [len(s.test) for s in federation.sites],
+            "common_test_rows": len(federation.test),
         }  # fmt: skip
 
     def _finish(self, engine: Engine, seconds: float) -> dict[str, Any]:
