@@ -43,12 +43,13 @@ class Deployment:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.program = ATOLL
 
     def _start(self, name: str, *arguments: Any) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                [*ATOLL, *map(str, arguments)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env=environment
+                [*self.program, *map(str, arguments)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
         self.processes[name] = process
         return process

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from atoll.core.message import Message, encode
+from atoll.core.errors import MessageError
+from atoll.core.message import Message, decode, encode
 from atoll.data.agreement import agree, read_summary
 from atoll.deploy.guard import make_guard
 from atoll.deploy.site import BEGIN, FINISH, FIRST, HELLO, SECOND, Place, SiteProgram, setup_of, stand_in
 from atoll.deploy.workers import NoStates
 from atoll.federated.dispatch import Dispatch
+from atoll.federated.ledger import Row
+from atoll.federated.records import from_records, to_records
 from atoll.federated.visit import Job, Publication, Worker
 from atoll.recipes.recipe import read_recipe
 
@@ -247,3 +252,33 @@ def test_forged_agreements(site):
     for mean in (None, {}, {"x": "nan"}, {"x": {"shape": [-1], "values": []}}, {"mean": float("nan")}):
         refused(site.ask(SECOND, run="r1", mean=mean))
     site.begin()
+
+
+DEEP = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize("fact", ["NaN", "Infinity", "-Infinity", "1e999", DEEP], ids=lambda f: f[:9])
+def test_facts_that_could_not_be_written_again_are_no_message(fact):
+    """The server writes what it has read, into its ledger and checkpoint."""
+    text = json.dumps({"__metadata__": {"atoll": f'{{"kind": "delta", "facts": {{"x": {fact}}}}}'}}).encode()
+    with pytest.raises(MessageError):
+        decode(len(text).to_bytes(8, "little") + text)
+    about = f'{{"kind": "delta", "facts": {{"x": {fact}}}, "order": {{}}, "bfloat16": []}}'
+    with pytest.raises(MessageError):
+        from_records(RecordDict({"atoll": ConfigRecord({"message": about})}))
+
+
+def test_an_array_whose_header_is_not_python_is_no_message():
+    records = to_records(Message("delta", {"w": {"x": torch.zeros(2)}}))
+    data = records.array_records["w"]["x"].data
+    records["w"] = ArrayRecord({"x": Array("float32", (2,), "numpy.ndarray", data[:60] + b"(" * 60 + data[120:])})
+    with pytest.raises(MessageError, match="not an array of numbers"):
+        from_records(records)
+
+
+def test_what_a_stranger_says_is_one_line_that_a_terminal_can_show():
+    row = Row(0)
+    row.refuse(1, "\x1b[2J\x07all\nis \ud800 well\r" + "x" * 10_000)
+    assert row.refused[1].startswith("?[2J?all is ? well")
+    assert row.refused[1].isprintable()
+    assert len(row.refused[1]) == 1000

@@ -73,6 +73,8 @@ class Limits:
     max_dims: int = 16
 
 
+MOST_LEVELS = 100
+"""Of mappings and lists within each other, in facts."""
 NO_LIMITS = Limits(max_bytes=1 << 62, max_header_bytes=1 << 62, max_tensors=1 << 62)
 """For what this program has written itself: checkpoints, states, shared memory. Their size is no attack."""
 
@@ -126,6 +128,37 @@ def encode(message: Message) -> bytearray:
     return out
 
 
+def read_json(text: str | bytes) -> Any:
+    """JSON from a stranger that can be written again: numbers are finite, and nothing is nested without end.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as e:
+        raise ValueError("nested without end") from e
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return value
+    raise ValueError("nested without end")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
 def decode(data: Bytes, limits: Limits = Limits()) -> Message:
     """Read a message; the tensors are views of ``data`` (copy them when the buffer will be reused).
 
@@ -142,10 +175,10 @@ def decode(data: Bytes, limits: Limits = Limits()) -> Message:
         raise MessageError(f"The header claims {length:,} bytes, more than is allowed or there.")
     body = view[8 + length :]
     try:
-        header = json.loads(bytes(view[8 : 8 + length]))
-        about = json.loads(header.pop("__metadata__")["atoll"])
+        header = read_json(bytes(view[8 : 8 + length]))
+        about = read_json(header.pop("__metadata__")["atoll"])
         kind, facts = about["kind"], about["facts"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise MessageError("The header is not the JSON of a message.") from e
     if not isinstance(kind, str) or not isinstance(facts, dict):
         raise MessageError("A message needs a kind (text) and facts (a mapping).")

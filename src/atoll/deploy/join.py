@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from atoll.core.errors import RunError, one_line
 from atoll.core.files import write_atomic
 from atoll.core.message import Message
 from atoll.deploy.link import LinkLost, SiteEnd, sign_off
-from atoll.deploy.processes import end_process, last_lines, launch
+from atoll.deploy.processes import end_process, launch, tail
 from atoll.deploy.site import SiteProgram
 from atoll.federated.dispatch import failed
 
@@ -52,11 +53,16 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
     for path, what in ((connection.certificate, "certificate of the server's authority"), (connection.key, "key")):
         if not path.is_file():
             raise RunError(f"{path} is not there; it should be the {what}.")
+    with only_one(folder):
+        _answer_all(program, connection, folder, say)
+
+
+def _answer_all(program: SiteProgram, connection: Connection, folder: Path, say: Callable[[str], None]) -> None:
     stop = _Stop()
     node = _Node(connection, folder, say)
     try:
         end = node.start()
-        say(f"joined {connection.server}; waiting for requests (Ctrl-C leaves)")
+        say(f"joining {connection.server}; waiting for requests (Ctrl-C leaves)")
         trouble = ""
         while not stop.asked:
             try:
@@ -145,10 +151,8 @@ class _Node:
 
     def _complain(self) -> None:
         """Say why the SuperNode ended; give up when it does so again and again."""
-        now, said = time.monotonic(), last_lines(self.folder / "supernode.log")
+        now, said = time.monotonic(), why_ended(self.folder / "supernode.log")
         self._failing = self._failing or now if now - self._started < 20 else 0.0
-        if "Failed to activate" in said:
-            said = "the server does not know this key, or believes that this site is still there"
         self.say(f"the SuperNode ended; starting it again ({said})")
         if self._failing and now - self._failing > HOPELESS:
             raise RunError(f"The SuperNode ends each time it is started: {said}.")
@@ -178,6 +182,33 @@ class _Node:
         if self._process is not None:
             end_process(self._process)
         (self.folder / "secret").unlink(missing_ok=True)
+
+
+ENDINGS = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not by the authority in --certificate, or is for another "
+    "host than the one in --server",
+    "Failed to activate": "the server does not know this key, or believes that this site is still there",
+    "onnection refused": "nothing listens at the address in --server",
+    "Name or service not known": "there is no host of the name in --server",
+}
+
+
+def why_ended(log: Path) -> str:
+    """What the last SuperNode in the log died of."""
+    last = tail(log).rpartition("Starting Flower SuperNode")[2]
+    known = [words for sign, words in ENDINGS.items() if sign in last]
+    return known[0] if known else one_line(last[-300:]) or "it said nothing"
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Two processes of one site would sign each other off, and overwrite what they keep."""
+    with open(folder / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise RunError(f"Another `atoll join` works in {folder}; end it first, or give another --out.") from e
+        yield
 
 
 def _free_port() -> int:

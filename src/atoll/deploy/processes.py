@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atoll.core.errors import one_line
+
 
 def launch(command: Sequence[Any], log: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """A Flower program with its words in a log file. It calls nobody home."""
@@ -31,9 +33,16 @@ def end_process(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
             process.wait()
 
 
-def last_lines(log: Path, count: int = 3) -> str:
+def tail(log: Path, size: int = 16_384) -> str:
+    """The end of a log."""
     try:
-        lines = log.read_text(errors="replace").strip().splitlines()[-count:]
+        with open(log, "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - size))
+            return f.read().decode(errors="replace")
     except OSError:
-        return "it said nothing"
-    return " / ".join(line.strip()[:200] for line in lines) or "it said nothing"
+        return ""
+
+
+def last_lines(log: Path, count: int = 3) -> str:
+    lines = tail(log).strip().splitlines()[-count:]
+    return " / ".join(one_line(line, 200) for line in lines) or "it said nothing"

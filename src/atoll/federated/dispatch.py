@@ -6,7 +6,7 @@ that it has not received, and nothing else; one that says it lacks some gets a s
 
 from __future__ import annotations
 
-from atoll.core.errors import AtollError, MessageError, SiteFailed
+from atoll.core.errors import AtollError, MessageError, SiteFailed, one_line
 from atoll.core.message import Message, encoded_size
 from atoll.federated.method import Share
 from atoll.federated.visit import Job, Outcome, Publication
@@ -110,6 +110,6 @@ def unpack_metrics(answer: Message, site: int, run: str) -> dict[str, float]:
     if answer.kind != "metrics" or facts.get("run") != run or facts.get("site") != site or not isinstance(found, dict):
         raise MessageError(f"expected the site's metrics; got `{answer.kind[:40]}`")
     try:
-        return {str(name)[:200]: float.fromhex(value) for name, value in found.items()}
+        return {one_line(name, 200): float.fromhex(value) for name, value in found.items()}
     except (TypeError, ValueError, OverflowError) as e:
         raise MessageError("a metric is not a number") from e

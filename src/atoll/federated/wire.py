@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atoll.core.errors import BadReply, MessageError
+from atoll.core.errors import BadReply, MessageError, one_line
 from atoll.core.message import Message
 from atoll.core.tree import Tree
 from atoll.federated.secure.cohort import COHORT, Cohort
@@ -208,7 +208,7 @@ class _Facts:
         if not isinstance(value, dict) or len(value) > 1000:
             raise MessageError(f"`{name}` must be numbers by name")
         try:
-            return {str(n)[:200]: float.fromhex(v) for n, v in value.items()}
+            return {one_line(n, 200): float.fromhex(v) for n, v in value.items()}
         except (TypeError, ValueError, OverflowError) as e:
             raise MessageError(f"`{name}` must be numbers by name") from e
 
