@@ -44,6 +44,10 @@ def main() -> None:
     except AtollError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+        print(f"error: {what}; a file or folder cannot be used, or the disk is full", file=sys.stderr)
+        raise SystemExit(2) from None
     except MemoryError:
         print("error: not enough memory for this; use fewer sites, a smaller model or fewer workers", file=sys.stderr)
         raise SystemExit(2) from None

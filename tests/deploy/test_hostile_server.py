@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
 
-from atoll.core.errors import MessageError
-from atoll.core.message import Message, decode, encode
+from atoll.core.errors import MessageError, RunError
+from atoll.core.message import Limits, Message, decode, encode
 from atoll.data.agreement import agree, read_summary
 from atoll.deploy.guard import make_guard
+from atoll.deploy.link import LinkLost, Taken
+from atoll.deploy.policy import Meter, Policy
 from atoll.deploy.site import BEGIN, FINISH, FIRST, HELLO, SECOND, Place, SiteProgram, setup_of, stand_in
+from atoll.deploy.superlink import Door
 from atoll.deploy.workers import NoStates
 from atoll.federated.dispatch import Dispatch
 from atoll.federated.ledger import Row
@@ -282,3 +292,62 @@ def test_what_a_stranger_says_is_one_line_that_a_terminal_can_show():
     assert row.refused[1].startswith("?[2J?all is ? well")
     assert row.refused[1].isprintable()
     assert len(row.refused[1]) == 1000
+
+
+@pytest.mark.parametrize("length", [b"9" * 5000, b"-1", b"0x10", b"1e3", b"", b"67108865"])
+def test_the_door_of_the_superlink_answers_to_odd_lengths(length):
+    said: list[dict] = []
+
+    async def send(event: dict) -> None:
+        said.append(event)
+
+    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "headers": [(b"content-length", length)]}
+    asyncio.run(Door(None, b"token")(scope, None, send))
+    assert said[0]["status"] == 413
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"bytes": 1e999}, {"bytes": -1}, {"bytes": True}, {"day": "never"}, {"day": None}, {"event": []},
+        {"event": {"multiplier": -1.0, "sampling": {}, "count": 1}},
+        {"event": {"multiplier": 1e999, "sampling": {}, "count": 1}},
+        {"event": {"multiplier": 1.0, "sampling": {}, "count": -1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_leaves_while_the_book_is_damaged(entry, tmp_path):
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"day": "2026-01-01", "bytes": 1, "event": None, "about": "", **entry}) + "\n")
+    with pytest.raises(RunError, match="damaged"):
+        Meter(path).book(Policy(), 1)
+
+
+def test_a_request_whose_pieces_do_not_fit_is_left_and_the_site_goes_on():
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    flower = FlowerMessage(to_records(Message("visit")), 1, "query")
+    pieces = dict.fromkeys(get_all_nested_objects(flower), b"Array\x00[]")
+    taken = Taken.__new__(Taken)
+    taken.node, taken._context = 1, SimpleNamespace(run_id=1)
+    taken._client = SimpleNamespace(
+        PullObject=lambda r: PullObjectResponse(
+            object_found=True, object_available=True, object_content=pieces[r.object_id]
+        )
+    )
+    with pytest.raises(LinkLost, match="cannot be put together"):
+        taken._read(get_object_tree(flower), Limits(), lambda: True)
+
+
+def test_files_that_cannot_be_written_end_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/run"):
+        join = ["join", "--server", "127.0.0.1:1", "--key", "k", "--rehearse", "--out", str(tmp_path / folder)]
+        done = subprocess.run(
+            [sys.executable, "-c", "from atoll.cli import main; main()", *join],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr

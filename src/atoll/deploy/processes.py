@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def tail(log: Path, size: int = 16_384) -> str:
     try:
         with open(log, "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - size))
-            return f.read().decode(errors="replace")
+            return re.sub(r"\x1b\[[0-9;]*m", "", f.read().decode(errors="replace"))  # colours
     except OSError:
         return ""
 
