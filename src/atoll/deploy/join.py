@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import secrets
 import signal
 import socket
@@ -17,7 +18,8 @@ from types import FrameType
 
 from atoll.core.errors import RunError, one_line
 from atoll.core.files import write_atomic
-from atoll.core.message import Message
+from atoll.core.message import Message, encoded_size
+from atoll.deploy.keys import check_site_files
 from atoll.deploy.link import LinkLost, SiteEnd, sign_off
 from atoll.deploy.processes import end_process, launch, tail
 from atoll.deploy.site import SiteProgram
@@ -25,6 +27,7 @@ from atoll.federated.dispatch import failed
 
 HOPELESS = 120.0  # seconds of failing starts before we give up; a server may believe in a lost node for 20
 POLL = 0.02  # seconds between looks for a request at our own SuperNode
+KNOCK = 10.0  # seconds between looks whether there is still a server, while it asks for nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +51,10 @@ def join(program: SiteProgram, connection: Connection, folder: Path, say: Callab
     """Answer requests until told to stop (SIGINT or SIGTERM); the request in hand is finished first.
 
     Raises:
-        RunError: the SuperNode ends at once each time it is started.
+        RunError: the address or a file is not what it should be, or the SuperNode ends each time it is started.
     """
-    for path, what in ((connection.certificate, "certificate of the server's authority"), (connection.key, "key")):
-        if not path.is_file():
-            raise RunError(f"{path} is not there; it should be the {what}.")
+    host_and_port(connection.server)
+    check_site_files(connection.certificate, connection.key)
     with only_one(folder):
         _answer_all(program, connection, folder, say)
 
@@ -78,13 +80,14 @@ def _answer_all(program: SiteProgram, connection: Connection, folder: Path, say:
             if taken is None:
                 if node.ended():
                     end = node.start()
+                node.knock()
                 time.sleep(POLL)
                 continue
             node.known_as(taken.node)
             said = taken.message
             with taken.at_work():
                 answer = program.answer(said) if isinstance(said, Message) else failed(said)
-            say(_line(said, answer) + (f" ({one_line(program.trouble)})" if program.trouble else ""))
+            say(_line(said, answer, folder) + (f" ({one_line(program.trouble)})" if program.trouble else ""))
             try:
                 taken.answer(answer)
             except LinkLost:
@@ -95,13 +98,15 @@ def _answer_all(program: SiteProgram, connection: Connection, folder: Path, say:
         node.close()
 
 
-def _line(said: Message | str, answer: Message) -> str:
-    """One line of the operator's log for a request and its answer."""
+def _line(said: Message | str, answer: Message, folder: Path) -> str:
+    """One line of the operator's log for a request and its answer; bytes as in the book."""
     what = one_line(said.kind, 40) if isinstance(said, Message) else "unreadable request"
     where = f" {one_line(said.facts['round'], 20)}" if isinstance(said, Message) and "round" in said.facts else ""
     if answer.kind == "failed" or answer.facts.get("error"):
         return f"{time.strftime('%H:%M:%S')} {what}{where}: refused: {one_line(answer.facts.get('error'))}"
-    return f"{time.strftime('%H:%M:%S')} {what}{where}: {answer.kind}, {answer.payload_bytes:,} bytes"
+    if answer.kind == "finished":
+        return f"{time.strftime('%H:%M:%S')} finished; the model is in {folder / str(answer.facts['run']) / 'model'}"
+    return f"{time.strftime('%H:%M:%S')} {what}{where}: {answer.kind}, {encoded_size(answer):,} bytes"
 
 
 class _Stop:
@@ -129,6 +134,7 @@ class _Node:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._failing = 0.0
         self._name, self._number = self.folder / "node", 0
+        self._knocked, self._trouble, self._complaint = 0.0, "", ""
 
     def start(self) -> SiteEnd:
         if self._process is not None:
@@ -153,9 +159,11 @@ class _Node:
         """Say why the SuperNode ended; give up when it does so again and again."""
         now, said = time.monotonic(), why_ended(self.folder / "supernode.log")
         self._failing = self._failing or now if now - self._started < 20 else 0.0
-        self.say(f"the SuperNode ended; starting it again ({said})")
+        if said != self._complaint:
+            self._complaint = said
+            self.say(f"{time.strftime('%H:%M:%S')} cannot join, trying again: {said}")
         if self._failing and now - self._failing > HOPELESS:
-            raise RunError(f"The SuperNode ends each time it is started: {said}.")
+            raise RunError(f"This site could not join for {HOPELESS:.0f} s: {said}.")
 
     def _sign_off(self) -> None:
         """After a crash the server still believes in the node that is gone."""
@@ -170,6 +178,18 @@ class _Node:
         if node != self._number:
             self._number = node
             write_atomic(self._name, str(node).encode(), durable=False)
+
+    def knock(self) -> None:
+        """Say when there is no server, and when it is back. The SuperNode tries again by itself."""
+        if time.monotonic() - self._knocked < KNOCK:
+            return
+        trouble = no_server(self.connection.server)
+        self._knocked = time.monotonic()
+        if trouble and not self._trouble:
+            self.say(f"{time.strftime('%H:%M:%S')} no server at {self.connection.server} ({trouble}); trying again")
+        elif self._trouble and not trouble:
+            self.say(f"{time.strftime('%H:%M:%S')} the server answers")
+        self._trouble = trouble
 
     def settled(self) -> bool:
         """Whether it has had time to start: then what goes wrong is worth a line."""
@@ -186,8 +206,9 @@ class _Node:
 
 ENDINGS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not by the authority in --certificate, or is for another "
-    "host than the one in --server",
-    "Failed to activate": "the server does not know this key, or believes that this site is still there",
+    "host than the one in --server (`atoll certify --host` names it)",
+    "Failed to activate": "the server does not know this key (its operator puts the .pub file into the folder of the "
+    "sites' keys and starts the server again), or believes for half a minute more that this site is still there",
     "onnection refused": "nothing listens at the address in --server",
     "Name or service not known": "there is no host of the name in --server",
 }
@@ -209,6 +230,22 @@ def only_one(folder: Path) -> Iterator[None]:
         except OSError as e:
             raise RunError(f"Another `atoll join` works in {folder}; end it first, or give another --out.") from e
         yield
+
+
+def host_and_port(server: str) -> tuple[str, int]:
+    host, _, port = server.rpartition(":")
+    if not host or "/" in host or not re.fullmatch("[0-9]{1,5}", port):
+        raise RunError(f"--server {server} should be HOST:PORT, such as server.example.org:9443.")
+    return host.strip("[]"), int(port)
+
+
+def no_server(server: str) -> str:
+    """Why nothing answers at the address; empty when something does."""
+    try:
+        socket.create_connection(host_and_port(server), 3.0).close()
+    except OSError as e:
+        return e.strerror or str(e)
+    return ""
 
 
 def _free_port() -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from typing import Any
 from atoll.core.errors import RunError
 
 AUTHORITY, CERTIFICATE, SERVER_KEY = "ca.pem", "server.pem", "server.key"
+HOST = r"(?=.{1,253}$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+ITSELF = "127.0.0.1"
+"""Where the server reaches its own SuperLink, by the same certificate."""
 
 
 def make_certificates(folder: Path, hosts: Sequence[str], days: int = 365) -> None:
@@ -29,7 +34,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int = 365) -> No
         days: how long the certificates are good.
 
     Raises:
-        RunError: the folder already holds some of these files, or no host is given.
+        RunError: the folder already holds some of these files, or what is given is no host.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -75,7 +80,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int = 365) -> No
     leaf = certificate(
         named(hosts[0][:64]), own, root.subject, authority,
         basic=(x509.BasicConstraints(ca=False, path_length=None), True), usage=(key_usage(False), True),
-        hosts=(x509.SubjectAlternativeName([_host(h) for h in hosts]), False),
+        hosts=(x509.SubjectAlternativeName([_host(h) for h in dict.fromkeys([*hosts, ITSELF])]), False),
         purpose=(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
         authority=(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), False),
     )  # fmt: skip
@@ -143,6 +148,52 @@ def read_public_keys(folder: Path) -> dict[str, bytes]:
     return keys
 
 
+def check_server_files(folder: Path) -> None:
+    """Whether a folder holds what :func:`make_certificates` made.
+
+    Raises:
+        RunError: a file is missing, or they do not belong together.
+    """
+    for name in (AUTHORITY, CERTIFICATE, SERVER_KEY):
+        if not (folder / name).is_file():
+            raise RunError(f"{folder / name} is not there; `atoll certify --host NAME` makes certificates.")
+    try:
+        ssl.create_default_context(cafile=folder / AUTHORITY)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / CERTIFICATE, folder / SERVER_KEY)
+    except OSError as e:
+        raise RunError(
+            f"The files {AUTHORITY}, {CERTIFICATE} and {SERVER_KEY} in {folder} do not belong together, or one is not "
+            "what its name says. Put back the ones that `atoll certify --host NAME` made."
+        ) from e
+
+
+def check_site_files(certificate: Path, key: Path) -> None:
+    """Whether a site has the server's ``ca.pem`` and a private key of its own.
+
+    Raises:
+        RunError: a file is missing, or is something else.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    authority = "the ca.pem that the operator of the server has sent"
+    own = "the .key file that `atoll certify --site NAME` has made"
+    for option, path, what in (("--certificate", certificate, authority), ("--key", key, own)):
+        if not path.is_file():
+            raise RunError(f"There is no file {path} ({option}); it should be {what}.")
+    try:
+        ssl.create_default_context(cafile=certificate)
+    except OSError as e:
+        raise RunError(f"{certificate} is not a certificate; --certificate should be {authority}.") from e
+    try:
+        private = serialization.load_ssh_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+        raise RunError(f"{key} is not a private key; --key should be {own}.") from e
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise RunError(f"{key} is not a key on a NIST curve; --key should be {own}.")
+
+
 def write_private(path: Path, content: bytes) -> None:
     """A new file that only its owner may read."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
@@ -155,4 +206,8 @@ def _host(text: str) -> Any:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
+        if not re.fullmatch(HOST, text):
+            raise RunError(
+                f"`{text}` is no host; give a name such as server.example.org or an address, without https:// and port."
+            ) from None
         return x509.DNSName(text)

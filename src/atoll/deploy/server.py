@@ -22,9 +22,9 @@ from atoll.core.message import Limits, Message
 from atoll.data.agreement import Summary, adopted, agree, means, read_summary, settle
 from atoll.data.dataset import Dataset, Federation
 from atoll.data.federation import hold_out
-from atoll.deploy.keys import AUTHORITY, CERTIFICATE, SERVER_KEY, read_public_keys
+from atoll.deploy.keys import AUTHORITY, CERTIFICATE, ITSELF, SERVER_KEY, check_server_files, read_public_keys
 from atoll.deploy.link import LinkLost, Lost, NodeState, ServerEnd
-from atoll.deploy.processes import end_process, last_lines, launch
+from atoll.deploy.processes import end_process, last_lines, launch, tail
 from atoll.deploy.site import BEGIN, FIRST, HELLO, SECOND, setup_of, stand_in
 from atoll.deploy.superlink import TOKEN_VARIABLE
 from atoll.deploy.workers import DeployedWorkers, Switchboard
@@ -70,18 +70,16 @@ class Supervisor:
         self.keys = read_public_keys(options.sites)
         self.names = list(self.keys)
         certificates = options.certificates
-        for name in (AUTHORITY, CERTIFICATE, SERVER_KEY):
-            if not (certificates / name).is_file():
-                raise RunError(f"{certificates / name} is not there; `atoll certify --host NAME` makes certificates.")
+        check_server_files(certificates)
         self._process: subprocess.Popen[bytes] | None = None
         self._token, secret = secrets.token_hex(32), secrets.token_bytes(32)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._secret = folder / "secret"
         write_atomic(self._secret, secret, durable=False)
         self._secret.chmod(0o600)
-        own = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        self._own = ITSELF if options.host in ("0.0.0.0", "::") else options.host
         authority = (certificates / AUTHORITY).read_bytes()
-        self._end = ServerEnd(f"{own}:{options.port}", authority, self._token, secret, limits)
+        self._end = ServerEnd(f"{self._own}:{options.port}", authority, self._token, secret, limits)
         self._node: dict[int, int] = {}
 
     def start(self) -> None:
@@ -107,14 +105,22 @@ class Supervisor:
             if self._process.poll() is not None:
                 deaths += 1
                 if deaths > 3:
-                    last = last_lines(self.folder / "superlink.log")
-                    raise RunError(f"The SuperLink ends as it starts (is port {self.options.port} taken?): {last}")
+                    if "address already in use" in tail(self.folder / "superlink.log"):
+                        why = f"Port {self.options.port} is taken. End what listens there, or choose another --port."
+                    else:
+                        why = f"The SuperLink ends as it starts: {last_lines(self.folder / 'superlink.log')}"
+                    raise RunError(why)
                 self._launch()
             try:
                 nodes = self._end.register(self.keys)
                 self._end.open()
                 break
             except LinkLost as e:
+                if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                    raise RunError(
+                        f"The certificate in {self.options.certificates} is out of date or does not name {self._own}, "
+                        f"where the server reaches itself. Make another with `atoll certify`, with --host {self._own} too."
+                    ) from e
                 if time.monotonic() - began > START_UP:
                     raise RunError(f"The SuperLink does not answer after {START_UP:.0f} s: {e}") from e
                 time.sleep(0.2)
@@ -136,8 +142,8 @@ class Supervisor:
         self._end.beat()
 
     def mend(self) -> None:
-        """After :class:`LinkLost`: a SuperLink that died is started anew. It keeps nothing on disk, which halves the time
-        of a round: we register the sites again and send our requests again, and the sites' nodes connect anew."""
+        """After :class:`LinkLost`: a SuperLink that died is started anew. It keeps nothing on disk, which halves the
+        time of a round: we register the sites again and send our requests again, and the sites' nodes connect anew."""
         self._connect()
 
     def close(self) -> None:

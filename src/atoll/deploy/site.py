@@ -58,6 +58,8 @@ def read_place(data: str | None, rehearse: bool) -> Place:
     """What the operator said: a path, a ``.yaml`` file with a source's fields, or to rehearse."""
     if rehearse == (data is not None):
         raise DataError("Say where this site's rows are with --data, or try the federation out with --rehearse.")
+    if data is not None and not Path(data).exists():
+        raise DataError(f"There is no file or folder {data} (--data).")
     if data is None or not data.endswith((".yaml", ".yml")):
         return Place(data, rehearse)
     fields = read_yaml(Path(data))

@@ -110,8 +110,8 @@ class Switchboard:
         return answer
 
     def here(self) -> set[int]:
-        """The sites that are online."""
-        self._look()
+        """The sites that are online. Asked now and then, it keeps the link alive while there is nothing to call."""
+        self._pump()
         return {site for site, node in self._nodes.items() if node.online}
 
     def _pump(self) -> None:
