@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from atoll.federated.combine.median import Median
 from atoll.federated.combine.weighted_mean import WeightedMean
 from atoll.federated.local.local_sgd import LocalSGD
 from atoll.federated.method import LocalWork, Method
+from atoll.federated.methods.flora import flora
 from atoll.federated.methods.scaffold import scaffold
 
 
@@ -47,3 +49,26 @@ def test_also_where_replies_have_two_parts(run, what):
     method = scaffold()
     row = run(method.but(local=Odd(what, method.local)), rounds=1)[0]
     assert (list(row.refused), row.replies, row.notes) == ([0], 4, [])
+
+
+@dataclass(frozen=True)
+class OddFactors(LocalWork):
+    """Site 0 sends low-rank factors of other types."""
+
+    types: tuple[torch.dtype, torch.dtype]
+    produces: ClassVar[str] = "low_rank"
+    inner: LocalWork
+
+    def run(self, visit):
+        result = self.inner.run(visit)
+        if visit.site.site == 0:
+            for part, dtype in zip("AB", self.types, strict=True):
+                result.message.parts[part] = {n: t.to(dtype) for n, t in result.message.parts[part].items()}
+        return result
+
+
+@pytest.mark.parametrize("types", [(torch.float64, torch.float32), (torch.float64,) * 2, (torch.int32,) * 2], ids=str)
+def test_factors_of_another_type_are_refused_alone(run, types):
+    method = flora()
+    rows = run(method.but(local=OddFactors(types, method.local)), rounds=2)
+    assert [(list(row.refused), row.replies, row.notes) for row in rows] == [([0], 4, [])] * 2

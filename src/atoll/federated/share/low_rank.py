@@ -126,7 +126,9 @@ class LowRank(Share):
         for m, w in base.items():
             n, r, rest = len(w), a[m].shape[0] if a[m].ndim else 0, w[0].numel()
             good = tuple(a[m].shape) == (r, rest) and tuple(b[m].shape) == (n, r) and 1 <= r <= limit
-            if not good or not (a[m].is_floating_point() and b[m].is_floating_point()):
+            if a[m].dtype != b[m].dtype or a[m].dtype not in (w.dtype, torch.float32):
+                raise BadReply(f"the factors of `{m}` have another type of numbers than the model")
+            if not good:
                 raise BadReply(
                     f"the factors of `{m}` are {list(a[m].shape)} and {list(b[m].shape)}; expected "
                     f"[r, {rest}] and [{n}, r] with r from 1 to {limit}"
