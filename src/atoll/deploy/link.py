@@ -13,8 +13,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from atoll.core.errors import AtollError, MessageError, RunError
 from atoll.core.message import Limits, Message
@@ -37,12 +38,15 @@ publisher = "atoll"
 serverapp = "atoll.deploy.link:none"
 clientapp = "atoll.deploy.link:none"
 """
+A = TypeVar("A")
+B = TypeVar("B")
 TYPES = {VISIT: "train", EVALUATE: "evaluate"}
 """Flower's type by kind of message; all others are queries."""
 SERVER_NODE = 1
 ALIVE = 5.0  # seconds between signs of life during a visit
 PIECE = 1.0  # seconds without a new piece of a request after which we ask whether our SuperNode has given it up
 UPLOAD = 60.0  # seconds without a new piece after which an answer counts as lost
+SIDE = 4  # requests or answers that are sent or fetched side by side
 HEARTBEAT = 10.0  # seconds; Flower gives a task up after a minute without
 
 
@@ -107,6 +111,7 @@ class ServerEnd:
         self._bell: Any = None
         self._run, self._task, self._beat = 0, 0, 0.0
         self._arriving: dict[str, _Arriving] = {}
+        self._pool = ThreadPoolExecutor(SIDE)
 
     # ---------------------------------------------------------------- connection
 
@@ -265,6 +270,7 @@ class ServerEnd:
         """The answers that are here in full, each with the number of its request. Waits for nobody."""
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
+        numbers = list(numbers)
         wanted = [n for n in numbers if n not in self._arriving]
         if wanted:
             with _link_errors("asking for answers"):
@@ -272,12 +278,18 @@ class ServerEnd:
             for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 number = proto.metadata.reply_to_message_id
                 self._arriving[number] = _Arriving(proto, tree, time.monotonic())
-        for number in list(self._arriving):
-            answer = self._read(self._arriving[number])
-            if answer is None:
-                continue
-            self._confirm(self._arriving.pop(number))
-            yield number, answer
+        arriving = [n for n in numbers if n in self._arriving]
+        for number, answer in side_by_side(self._pool, self._fetch, arriving):
+            if answer is not None:
+                del self._arriving[number]
+                yield number, answer
+
+    def _fetch(self, number: str) -> Message | Lost | None:
+        arriving = self._arriving[number]
+        answer = self._read(arriving)
+        if answer is not None:
+            self._confirm(arriving)
+        return answer
 
     def _read(self, a: _Arriving) -> Message | Lost | None:
         """An answer's content, fetched piece by piece as long as it stays within the limit; None while pieces are
@@ -320,6 +332,18 @@ class ServerEnd:
                     node=Node(node_id=SERVER_NODE), run_id=self._run, message_object_id=number
                 )
             )
+
+
+def side_by_side(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
+    """Each item and what came of it, as they end; the first error ends all, and no work is left behind."""
+    futures = {pool.submit(work, item): item for item in items}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 @dataclass(slots=True)

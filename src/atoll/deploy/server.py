@@ -269,7 +269,7 @@ class Server:
     def _ask_all(self, request: Callable[[int], Message], wanted: str | None) -> dict[str, Any]:
         """Put a question to every site at once; all must answer."""
         names = self.supervisor.names
-        tickets = [self.board.call(i, _always(request(i))) for i in range(len(names))]
+        tickets = self.board.call([(i, _always(request(i))) for i in range(len(names))])
         answers = [self.board.wait(t) for t in tickets]
         refused = [f"{n}: {a}" for n, a in zip(names, answers, strict=True) if isinstance(a, str)]
         if refused:

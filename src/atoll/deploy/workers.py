@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from atoll.core.errors import RunError, SiteFailed, one_line
 from atoll.core.message import Message
-from atoll.deploy.link import LinkLost, Lost, NodeState
+from atoll.deploy.link import SIDE, LinkLost, Lost, NodeState, side_by_side
 from atoll.deploy.site import FINISH
 from atoll.federated.dispatch import FAILED, Dispatch
 from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
-POLL = 0.05  # seconds between looks for answers
+SOON, LATER = 0.02, 0.25  # seconds between looks for answers: more as the wait grows, so that it costs no more than 10%
 NODES = 1.0  # seconds between looks for nodes
 TRIES = 10  # requests whose answer went astray, until it is the site's fault
+HELD = 1 << 28  # bytes of answers that wait for their turn; the others wait at the SuperLink
 TTL = 7 * 24 * 3600.0  # seconds; a site that is away for longer has its request sent again
 
 
@@ -32,7 +34,8 @@ class Link(Protocol):
     def nodes(self) -> Mapping[int, NodeState]:
         """By site number, the nodes that the SuperLink knows."""
 
-    def send(self, site: int, message: Message, ttl: float) -> str: ...
+    def send(self, site: int, message: Message, ttl: float) -> str:
+        """May be called from several threads."""
 
     def take(self, numbers: Sequence[str]) -> Any: ...
 
@@ -92,43 +95,53 @@ class Switchboard:
     _next: int = 0
     _nodes: Mapping[int, NodeState] = field(default_factory=dict)
     _looked: float = 0.0
+    _largest: int = 0
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(SIDE))
 
-    def call(self, site: int, build: Callable[[bool], Message], limit: float | None = None) -> int:
-        """Ask a site; ``build`` makes the request (True: the site lacks broadcasts). Returns a ticket."""
-        ticket, self._next = self._next, self._next + 1
-        self._open[ticket] = Call(site, build, limit, time.monotonic())
+    def call(self, requests: Iterable[tuple[int, Callable[[bool], Message]]], limit: float | None = None) -> list[int]:
+        """Ask sites; a request is made by its function (True: the site lacks broadcasts). Returns a ticket for each."""
+        tickets = []
+        for site, build in requests:
+            tickets.append(self._next)
+            self._open[self._next] = Call(site, build, limit, time.monotonic())
+            self._next += 1
         self._pump()
-        return ticket
+        return tickets
 
     def wait(self, ticket: int) -> Message | str:
         """The answer, or why there is none."""
-        while self._open[ticket].answer is None:
-            time.sleep(POLL)
-            self._pump()
-        answer = self._open.pop(ticket).answer
-        assert answer is not None
-        return answer
+        call, pause = self._open[ticket], SOON
+        while call.answer is None:
+            if self._pump(call):
+                pause = SOON
+            elif call.answer is None:
+                time.sleep(pause)
+                pause = min(1.1 * pause, LATER)
+        del self._open[ticket]
+        return call.answer
 
     def here(self) -> set[int]:
         """The sites that are online. Asked now and then, it keeps the link alive while there is nothing to call."""
         self._pump()
         return {site for site, node in self._nodes.items() if node.online}
 
-    def _pump(self) -> None:
-        """Move every call on by what can be done without waiting."""
+    def _pump(self, awaited: Call | None = None) -> bool:
+        """Move every call on by what can be done without waiting; whether there was an answer."""
+        news = False
         try:
             self.link.beat()
             self._look()
-            for c in self._open.values():
-                if c.answer is None:
-                    self._send(c)
-            waiting = {c.number: c for c in self._open.values() if c.number and c.answer is None}
-            for number, found in self.link.take([*waiting, *self._late]):
-                if number in waiting:
-                    self._take(waiting[number], found)
+            for _ in side_by_side(self._pool, self._send, [c for c in self._open.values() if self._due(c)]):
+                self.link.beat()
+            asked = {c.number: c for c in self._asked(awaited)}
+            for number, found in self.link.take([*asked, *self._late]):
+                news = True
+                if number in asked:
+                    self._take(asked[number], found)
                 elif number in self._late:
                     self._late.discard(number)
                     self.counts["late answers"] += isinstance(found, Message)
+                self.link.beat()
         except LinkLost:
             self.counts["links lost"] += 1
             self.link.mend()
@@ -138,24 +151,36 @@ class Switchboard:
         for c in self._open.values():
             if c.answer is None:
                 self._give_up(c)
+        return news
 
     def _look(self) -> None:
         now = time.monotonic()
         if now - self._looked >= NODES:
             self._nodes, self._looked = self.link.nodes(), now
 
-    def _send(self, c: Call) -> None:
+    def _due(self, c: Call) -> bool:
+        """Whether its request should be sent: for the first time, or again because its node was started anew."""
         node = self._nodes.get(c.site)
-        if node is None or not node.online:
-            return
-        if c.number and c.activated == node.activated:
-            return  # on its way
+        return c.answer is None and node is not None and node.online and (not c.number or c.activated != node.activated)
+
+    def _send(self, c: Call) -> None:
+        """In a thread of its own; nobody else touches the call meanwhile."""
         if c.number:
-            self._late.add(c.number)  # its node was started anew and has forgotten; or it answers twice
+            self._late.add(c.number)  # its node has forgotten it; or it answers twice
             self.counts["requests sent again"] += 1
-        c.number, c.activated = self.link.send(c.site, c.build(c.lacking), TTL), node.activated
+        c.number, c.activated = self.link.send(c.site, c.build(c.lacking), TTL), self._nodes[c.site].activated
+
+    def _asked(self, awaited: Call | None) -> list[Call]:
+        """The calls whose answers we take now: the awaited one always, and others in order while there is room."""
+        waiting = [c for c in self._open.values() if c.number and c.answer is None]
+        held = sum(c.answer is not None for c in self._open.values())
+        room = max(SIDE, HELD // self._largest if self._largest else 0) - held
+        first = [c for c in waiting if c is awaited]
+        return first + [c for c in waiting if c is not awaited][: max(0, room - len(first))]
 
     def _take(self, c: Call, found: Message | Lost) -> None:
+        if isinstance(found, Message):
+            self._largest = max(self._largest, found.payload_bytes)
         if isinstance(found, Lost):
             c.tries += 1
             if found.again and c.tries < TRIES:
@@ -199,11 +224,8 @@ class DeployedWorkers:
         self.dispatch.publish(publication)
 
     def submit(self, jobs: Sequence[Job]) -> list[int]:
-        tickets = []
-        for job in jobs:
-            ticket = self.board.call(job.site, self._request(job), self.setup.timeout)
-            self._jobs[ticket] = job
-            tickets.append(ticket)
+        tickets = self.board.call([(job.site, self._request(job)) for job in jobs], self.setup.timeout)
+        self._jobs.update(zip(tickets, jobs, strict=True))
         return tickets
 
     def _request(self, job: Job, part: str | None = None) -> Callable[[bool], Message]:
@@ -218,7 +240,7 @@ class DeployedWorkers:
     def evaluate(self, sites: Sequence[tuple[int, str | None]], part: str) -> list[dict[str, float]]:
         """Metrics of each site, {} where a site is away or keeps them to itself."""
         jobs = [Job(site, self.dispatch.version, state_tag=tag) for site, tag in sites]
-        tickets = [self.board.call(job.site, self._request(job, part), self.setup.timeout) for job in jobs]
+        tickets = self.board.call([(job.site, self._request(job, part)) for job in jobs], self.setup.timeout)
         return [self._metrics(self.board.wait(t), job) for t, job in zip(tickets, jobs, strict=True)]
 
     def _metrics(self, answer: Message | str, job: Job) -> dict[str, float]:
@@ -232,7 +254,7 @@ class DeployedWorkers:
         """Bring the last broadcast to every site and have it save its model; which sites did, and what it took to
         reach them."""
         jobs = [Job(site, self.dispatch.version, state_tag=tags.get(site)) for site in range(len(self.setup.profiles))]
-        tickets = [self.board.call(job.site, self._final(job), self.setup.timeout) for job in jobs]
+        tickets = self.board.call([(job.site, self._final(job)) for job in jobs], self.setup.timeout)
         answers = [self.board.wait(t) for t in tickets]
         saved = [job.site for job, a in zip(jobs, answers, strict=True) if isinstance(a, Message)]
         refused = {str(job.site): a for job, a in zip(jobs, answers, strict=True) if isinstance(a, str)}
@@ -248,8 +270,8 @@ class DeployedWorkers:
     def ask(self, requests: Mapping[int, Message]) -> dict[int, Message | str]:
         """Put a question to sites, outside of any visit; a site must know of which run it is."""
         named = {s: Message(m.kind, m.parts, {**m.facts, "run": self.dispatch.run}) for s, m in requests.items()}
-        tickets = {site: self.board.call(site, _always(m), self.setup.timeout) for site, m in named.items()}
-        return {site: self.board.wait(ticket) for site, ticket in tickets.items()}
+        tickets = self.board.call([(site, _always(m)) for site, m in named.items()], self.setup.timeout)
+        return {site: self.board.wait(ticket) for site, ticket in zip(named, tickets, strict=True)}
 
     def close(self) -> None:
         self.board.link.close()
