@@ -9,7 +9,7 @@ An arm is ``atoll-SITES-PACE``: seconds for which a SuperNode sleeps when it fou
 federate the same network; Atoll's sites train one epoch a round over equal shares of Fashion-MNIST. Its programs are
 those of the command line; ``arms/traced.py`` has them write down when each request passes where, and a round's seconds
 are those from broadcast to broadcast. ``crowd-SITES-PACE``: many connections from one process (``arms/crowd.py``) to a
-real server, digits and a small network.
+real server, digits and a small network, three rounds at most.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from machine import describe
 from work import cpu_seconds, memory_mb, tree
 
 HERE = Path(__file__).resolve().parent
-ARMS = ["atoll-2-3", "atoll-2-0.5", "atoll-2-0.1", "atoll-4-3", "atoll-4-0.5", "atoll-4-0.1", "flower-2", "flower-4"]
+ARMS = ["atoll-2-3", "atoll-2-0.5", "atoll-2-0.1", "atoll-4-0.5", "atoll-4-0.1", "flower-2", "crowd-100-0.5"]
 ROWS, LR, BATCH, HIDDEN = 1000, 0.05, 32, 200
 STEPS = {
     "server sends": ("send", "sent"), "node asks": ("sent", "pull"), "node fetches": ("pull", "pulled"),
@@ -67,7 +67,7 @@ def main() -> int:
                     if parts[0] == "flower":
                         got = flower(Path(folder), int(parts[1]), a.rounds)
                     elif parts[0] == "crowd":
-                        got = crowd(Path(folder), int(parts[1]), float(parts[2]), a.rounds)
+                        got = crowd(Path(folder), int(parts[1]), float(parts[2]), min(a.rounds, 3))
                     else:
                         got = atoll(Path(folder), int(parts[1]), float(parts[2]), a.rounds)
                 except (AssertionError, subprocess.SubprocessError) as e:
@@ -170,7 +170,8 @@ def atoll(folder: Path, sites: int, pace: float, rounds: int) -> dict[str, Any]:
 def flower(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     """The same exchange in stock Flower, as its own commands start it."""
     programs, port, marks = Path(sys.executable).parent, free_port(), folder / "marks"
-    variables = {"FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0"}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # they start each other by name
+    variables = {"FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
     (folder / "home").mkdir()
     (folder / "home" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'

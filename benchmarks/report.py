@@ -19,7 +19,7 @@ def main() -> None:
         runs = record.get("runs", [])
         covers = sorted({run["model"] for run in runs}) + sorted({run["arm"] for run in runs})
         latest[path.name.split("-")[0], *covers] = record, path.name
-    tables = {"simulation": simulation, "combine": combine, "load": load}
+    tables = {"simulation": simulation, "combine": combine, "load": load, "deployment": deployment}
     text = "\n\n".join(tables[key[0]](*found) for key, found in sorted(latest.items()) if key[0] in tables)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(START)
@@ -101,6 +101,50 @@ def load(record: dict[str, Any], name: str) -> str:
         f"[{busy[1]:.1f}-{busy[2]:.1f}]. {where(record, name)}"
     )
     return "\n".join(["### Many sites on every backend", "", about, "", *rows])
+
+
+def deployment(record: dict[str, Any], name: str) -> str:
+    runs = [r for r in record["runs"] if "error" not in r]
+    arms = sorted({r["arm"] for r in runs}, key=lambda a: (a.split("-")[0], [float(x) for x in a.split("-")[1:]]))
+    by = {arm: [r for r in runs if r["arm"] == arm] for arm in arms}
+    rounds = ["| arm | s a round [min-max] | peak MB of all processes |", "|---|---|---|"]
+    crowds = [
+        "| connections | s a round [min-max] | request to answer, s: median, 95% | SuperLink: peak MB, processors "
+        "| server: peak MB, processors |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        each, first = spread([s for r in by[arm] for s in r["rounds_s"]]), by[arm][0]
+        kind, sites, *_ = arm.split("-")
+        took = f"{each[0]:.2f} [{each[1]:.2f}-{each[2]:.2f}]"
+        if kind == "crowd":
+            crowds.append(
+                f"| {sites} | {took} | {first['latency_s']:.1f}, {first['latency_95_s']:.1f} | "
+                f"{first['superlink_peak_mb']}, {first['superlink_cpu']:.2f} | {first['server_peak_mb']}, "
+                f"{first['server_cpu']:.2f} |"
+            )
+        else:
+            rounds.append(f"| {named(arm)} | {took} | {max(r['peak_mb'] for r in by[arm])} |")
+    ways = {arm: by[arm][0]["steps_s"] for arm in arms if "steps_s" in by[arm][0]}
+    steps = []
+    if ways:
+        steps = ["| step, ms | " + " | ".join(map(named, ways)) + " |", "|---" * (1 + len(ways)) + "|"]
+        for step in next(iter(ways.values())):
+            steps.append(f"| {step} | " + " | ".join(f"{w.get(step, 0) * 1e3:.0f}" for w in ways.values()) + " |")
+    busy = spread([r["load"] for r in record["runs"]])
+    about = (
+        f"{record['rounds']} rounds after the first, {record['repetitions']} repetitions, {record['parameters']:,} "
+        f"parameters (digits and 2,410 where many connections share a process), {record['rows']:,} rows a site. Steps "
+        f"are medians over sites and rounds. The machine's load average before each arm was {busy[0]:.1f} "
+        f"[{busy[1]:.1f}-{busy[2]:.1f}]. {where(record, name)}"
+    )
+    parts = [p for p in (rounds, steps, crowds) if len(p) > 2]
+    return "\n\n".join(["### A round of a real deployment", about, *("\n".join(p) for p in parts)])
+
+
+def named(arm: str) -> str:
+    sites, *pace = arm.split("-")[1:]
+    return f"{sites} sites, pace {pace[0]} s" if pace else f"{sites} sites, stock Flower"
 
 
 if __name__ == "__main__":
