@@ -73,7 +73,7 @@ def _chain(way: str, codecs: tuple[Codec, ...]) -> Iterator[str]:
 
 def _downlink(m: Method) -> Iterator[str]:
     for c in m.downlink:
-        if c.order in (CLIP, NOISE) and (c.private or c.bound is not None):
+        if c.private or (c.order == CLIP and c.bound is not None):
             yield (
                 f"{name(c)} bounds or hides what a site sends, but it is on the downlink, where "
                 f"{name(m.server)} sends what all sites made; put it on the uplink."
@@ -104,13 +104,19 @@ def _private(m: Method, noise: Codec) -> Iterator[str]:
     """What client-level privacy needs from the other parts."""
     at = m.uplink.index(noise)
     bounds = [c for c in m.uplink[:at] if c.bound is not None]
-    if not bounds:
+    if not bounds and noise.assumes_bound is not None:
         yield f"{name(noise)} needs Clip before it: without a bound on an update, noise protects nothing."
-    elif noise.assumes_bound is not None and bounds[-1].bound != noise.assumes_bound:
+    elif bounds and noise.assumes_bound is not None and bounds[-1].bound != noise.assumes_bound:
         yield (
             f"{name(noise)} counts on a norm of {noise.assumes_bound:g}, but {name(bounds[-1])} before it "
             f"bounds {bounds[-1].bound:g}; use {name(noise)}(clip_norm={bounds[-1].bound:g})."
         )
+    for c in m.uplink[:at]:
+        if SPARSIFY <= c.order <= noise.order:
+            yield (
+                f"{name(c)} before {name(noise)} says by its places or scales what the data hold, and {name(noise)} "
+                f"hides the values alone; drop {name(c)}."
+            )
     if m.combine.weighted:
         yield (
             f"{name(noise)} bounds one site's influence, but {name(m.combine)} weights sites by their "

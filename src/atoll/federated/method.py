@@ -36,6 +36,7 @@ from atoll.privacy.accounting import Sampling
 
 if TYPE_CHECKING:
     from atoll.federated.visit import Result, SiteModel, Visit
+    from atoll.models.model import ModelBuilder
 
 
 # ------------------------------------------------------------------------------------------- plain data
@@ -187,6 +188,10 @@ class Share(Protocol):
         copy_(named_tensors(model), replica.get("weights", {}))
         return model
 
+    def exported(self, network: ModelBuilder) -> ModelBuilder:
+        """What builds models with the tensors of an exported one, where ``network`` builds those of the task."""
+        return network
+
 
 class LocalWork(Protocol):
     """What a site does with a broadcast.
@@ -229,9 +234,10 @@ class Codec(Protocol):
            order     clip 0 < noise 1 < sparsify 2 < quantise 3
            feedback  keeps an error at the sender (a server has no place for it)
            bound     L2 norm that no message exceeds after this codec, or None
-           assumes_bound  the bound that its promise rests on, or None
+           assumes_bound  the bound that its promise rests on; None for one that bounds the message itself
            needs_sum the promise holds for the plain sum over the cohort, not for one message
            noise     standard deviation over ``assumes_bound``, as far as an accountant may count on it
+           renyi     for noise that is not Gaussian: what a release costs, instead of ``noise``
     """
 
     package: ClassVar[str] = "atoll.federated.codecs"
@@ -259,6 +265,11 @@ class Codec(Protocol):
     @property
     def noise(self) -> float:
         return 0.0
+
+    def renyi(self, replies: int) -> tuple[float, ...]:
+        """Renyi divergence at each of ``privacy.accounting.ORDERS`` when one site's data are replaced, of a message or,
+        with ``needs_sum``, of the sum of ``replies`` messages; empty when ``noise`` says it all."""
+        return ()
 
     def encode(self, message: Message, state: Parts, context: CodecContext) -> tuple[Message, Parts]:
         """The encoded message and the codec's new state at this sender (e.g. the error it feeds back)."""

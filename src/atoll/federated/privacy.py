@@ -14,7 +14,8 @@ def privacy_event(method: Method, replies: int, asked: int, drawn: bool, num_sit
     Noise that the cohort shares is short when replies are missing. It is amplified by sampling only if the
     sites were drawn by the law of ``method.select``. Noise that every message carries in full protects each
     message from whoever sees it, so nothing is claimed for sampling or for the other sites' noise, and a site
-    is replaced rather than removed (a message is always there).
+    is replaced rather than removed (a message is always there). Nor is sampling claimed for noise that is not
+    Gaussian.
 
     Args:
         replies: merged replies.
@@ -25,6 +26,8 @@ def privacy_event(method: Method, replies: int, asked: int, drawn: bool, num_sit
     if codec is None or replies == 0:
         return None
     everyone = Sampling("fixed", num_sites, num_sites)
+    if renyi := codec.renyi(replies if codec.needs_sum else 1):
+        return Event(0.0, everyone, renyi=renyi)
     if not codec.needs_sum:
         return Event(codec.noise, everyone)
     law = method.select.sampling(num_sites)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -65,15 +65,20 @@ class Event:
     Attributes:
         multiplier: standard deviation of the noise in the sum, over the clip norm C. 0 is no noise.
         sampling: how sites were drawn.
+        renyi: for noise that is not Gaussian, the Renyi divergence of one merge at each of ``ORDERS``, instead of
+            the multiplier. Nothing is claimed for sampling then, beyond the neighbours that it stands for.
     """
 
     multiplier: float
     sampling: Sampling = Sampling()
     count: int = 1
+    renyi: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.multiplier >= 0 and math.isfinite(self.multiplier) and self.count >= 0):
             raise AtollError(f"A merge has a noise multiplier >= 0 and a count >= 0; got {self}.")
+        if self.renyi and (len(self.renyi) != len(ORDERS) or not min(self.renyi) >= 0):
+            raise AtollError(f"A merge has a Renyi divergence >= 0 at each of {len(ORDERS)} orders, or none.")
 
 
 def effective_multiplier(multiplier: float, replies: int, asked: int) -> float:
@@ -105,9 +110,9 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
             "Merges with a draw of fixed size and merges with a Poisson draw or everybody protect against "
             "different neighbours, so their epsilons do not add up. Keep one `select` for the run."
         )
-    if any(e.multiplier == 0 for e in events):
+    if any(e.multiplier == 0 and not e.renyi for e in events):
         return math.inf
-    rdp = sum(e.count * _rdp(e.multiplier, e.sampling) for e in events)
+    rdp = sum(e.count * (np.array(e.renyi) if e.renyi else _rdp(e.multiplier, e.sampling)) for e in events)
     return float(_dp_accounting().rdp.compute_epsilon(ORDERS, rdp, delta)[0])
 
 
@@ -137,8 +142,8 @@ class PrivacyLedger:
 
     def add(self, event: Event) -> None:
         last = self.events[-1] if self.events else None
-        if last is not None and (last.multiplier, last.sampling) == (event.multiplier, event.sampling):
-            self.events[-1] = Event(last.multiplier, last.sampling, last.count + event.count)
+        if last is not None and replace(last, count=event.count) == event:
+            self.events[-1] = replace(last, count=last.count + event.count)
         else:
             self.events.append(event)
 
@@ -158,7 +163,12 @@ class PrivacyLedger:
     @classmethod
     def resume(cls, state: Iterable[Mapping[str, Any]]) -> PrivacyLedger:
         try:
-            return cls([Event(e["multiplier"], Sampling(**e["sampling"]), e["count"]) for e in state])
+            return cls(
+                [
+                    Event(**{**e, "sampling": Sampling(**e["sampling"]), "renyi": tuple(e.get("renyi", ()))})
+                    for e in state
+                ]
+            )
         except (KeyError, TypeError) as e:
             raise AtollError(f"A privacy ledger cannot be read from this state ({e}).") from e
 

@@ -19,6 +19,7 @@ from atoll.federated.codecs.clip import Clip
 from atoll.federated.codecs.gaussian_noise import GaussianNoise
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.random_k import RandomK
+from atoll.federated.codecs.rqm import Rqm
 from atoll.federated.codecs.top_k import TopK
 from atoll.federated.method import CodecContext
 
@@ -29,7 +30,7 @@ FLAT = [
 ]  # fmt: skip
 CHAINS = [
     *((c,) for c in FLAT), (Clip(1.0),), (Clip(1.0), TopK(0.3), Quantise(4, chunk=8)), (RandomK(0.5), Cast()),
-    (TopK(0.2), Cast("bfloat16")), (Clip(0.1), GaussianNoise(1.0, 0.1)),
+    (TopK(0.2), Cast("bfloat16")), (Clip(0.1), GaussianNoise(1.0, 0.1)), (Clip(1.0), Rqm(0.1, 1000, levels=11)),
 ]  # fmt: skip
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -124,7 +125,7 @@ JUNK = st.recursive(
 )
 
 
-@pytest.mark.parametrize("codec", FLAT, ids=str)
+@pytest.mark.parametrize("codec", [*FLAT, Rqm(0.1, 64, levels=11)], ids=str)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_decoder_trusts_nothing(codec, data) -> None:
@@ -168,7 +169,7 @@ def test_a_decoder_trusts_nothing(codec, data) -> None:
         pass
 
 
-@pytest.mark.parametrize("codec", FLAT, ids=str)
+@pytest.mark.parametrize("codec", [*FLAT, Rqm(0.1, 64, levels=11)], ids=str)
 @pytest.mark.parametrize("shape", [[2**28], [2**20, 2**20], [2**31, 2**31, 2**31], [0, 2**62], [2**40, 0]], ids=str)
 def test_a_huge_claim_is_refused_before_it_is_allocated(codec, shape) -> None:
     encoded, _ = codec.encode(Message("delta", {"delta": {"w": torch.randn(64)}}), {}, CONTEXT)

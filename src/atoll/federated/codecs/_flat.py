@@ -36,6 +36,19 @@ def split_floats(message: Message) -> tuple[dict[str, Tree], dict[str, Tree]]:
     return floats, others
 
 
+def floats_alone(message: Message, codec: str) -> dict[str, Tree]:
+    """The parts' floating-point tensors, for a codec that cannot hide anything else.
+
+    Raises:
+        AtollError: the message holds something else.
+    """
+    floats, others = split_floats(message)
+    what = [f"{part}/{n}" for part, tree in others.items() for n in tree] + [f"fact `{f}`" for f in message.facts]
+    if what:
+        raise AtollError(f"{codec} cannot hide {', '.join(what[:3])}; use a method that sends floats alone.")
+    return floats
+
+
 @dataclass(frozen=True, slots=True)
 class Flat:
     """A message as ``vector`` (float32 ``[D]``, its own memory), the layout to undo it, and all else."""

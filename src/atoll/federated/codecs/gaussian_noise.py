@@ -34,7 +34,7 @@ from atoll.core.errors import AtollError
 from atoll.core.message import Message
 from atoll.core.streams import key
 from atoll.core.tree import Parts
-from atoll.federated.codecs._flat import split_floats
+from atoll.federated.codecs._flat import floats_alone
 from atoll.federated.method import Codec, CodecContext
 
 CARD = Card(
@@ -105,12 +105,7 @@ class GaussianNoise(Codec):
         return self.split
 
     def encode(self, message: Message, state: Parts, context: CodecContext) -> tuple[Message, Parts]:
-        floats, others = split_floats(message)
-        if others or message.facts:
-            what = [f"{part}/{n}" for part, tree in others.items() for n in tree] + [
-                f"fact `{f}`" for f in message.facts
-            ]
-            raise AtollError(f"GaussianNoise cannot hide {', '.join(what[:3])}; use a method that sends floats alone.")
+        floats = floats_alone(message, "GaussianNoise")
         std = self.multiplier * self.clip_norm / (math.sqrt(context.cohort) if self.split else 1.0)
         generator = self._generator(context)
         parts = {
