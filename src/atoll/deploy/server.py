@@ -36,6 +36,7 @@ from atoll.recipes.recipe import Recipe, load_recipe, recipe_config, recipe_yaml
 from atoll.recipes.run import Prepared, Run, plan
 
 START_UP = 60.0  # seconds that a SuperLink may take until it answers
+TAKEN = 15.0  # seconds after which a SuperLink that still runs has found its port free
 FEDERATION = "federation.json"
 
 
@@ -116,12 +117,13 @@ class Supervisor:
                 self._end.open()
                 break
             except LinkLost as e:
-                if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                waited = time.monotonic() - began
+                if "CERTIFICATE_VERIFY_FAILED" in str(e) and not deaths and waited > TAKEN:
                     raise RunError(
-                        f"The certificate in {self.options.certificates} is out of date or does not name {self._own}, "
-                        f"where the server reaches itself. Make another with `atoll certify`, with --host {self._own} too."
+                        f"The certificate in {self.options.certificates} is out of date, or does not name {self._own}, "
+                        "where the server reaches itself. Make another with `atoll certify`."
                     ) from e
-                if time.monotonic() - began > START_UP:
+                if waited > START_UP:
                     raise RunError(f"The SuperLink does not answer after {START_UP:.0f} s: {e}") from e
                 time.sleep(0.2)
         self._node = {self.names.index(name): node for name, node in nodes.items()}
@@ -179,8 +181,8 @@ class Server:
         """Start the SuperLink, greet the sites, agree on the data; the run is ready to :meth:`Run.go`."""
         limits = Limits(max_bytes=self.recipe.max_reply_bytes)
         self.supervisor = Supervisor(self.options, self.folder / "state" / "flower", limits)
-        self.supervisor.start()
         try:
+            self.supervisor.start()
             self.board = Switchboard(self.supervisor, self.options.patience)
             return self._open()
         except BaseException:
