@@ -227,7 +227,8 @@ class Target:
 
 def family(sentence: str) -> str:
     """Sentences that differ in names and numbers alone are one family."""
-    text = re.sub(r"`[^`]*`?|'[^']*'|\"[^\"]*\"", "..", sentence.split("\n")[0])
+    text = re.sub(r"/\S*/\S*", "..", sentence.split("\n")[0])
+    text = re.sub(r"`[^`]*`?|'[^']*'|\"[^\"]*\"", "..", text)
     return re.sub(r"-?\d[\d,.]*", "N", text)[:90]
 
 

@@ -112,6 +112,10 @@ def federation(f: dict[str, Any]) -> str:
         f"\n## Kills in the middle of rounds\n\n`tests/deploy/{f['test']}` {verdict} in {f['seconds']:.0f} s. The run "
         "ends with the same bits at every site and the same ledger as if nothing had happened.\n\n"
     )
+    if "note" in f:
+        text = text.partition("The run ends")[0].rstrip() + f" Why: {f['note']}.\n"
+    if noted:
+        text += f"Once, with a load of {f['load']:.1f} on the machine; what was killed is started again at once:\n\n"
     return text + "".join(f"- {name}: {value}\n" for name, value in noted)
 
 
