@@ -217,7 +217,7 @@ def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: i
     task: Any = setup.task
     facts: dict[str, Any] = {"method": setup.method.card.name}
     if hasattr(task, "network"):  # a task of your own may build its model in its own way
-        builder = network_at(site, task.network, task.site_networks)
+        builder = setup.method.share.exported(network_at(site, task.network, task.site_networks))
         facts |= about_model(builder, setup.federation.info, task.outputs, recipe.seed)
     save_model(model, folder, facts)
 

@@ -25,6 +25,7 @@ from atoll.core.streams import stream
 from atoll.core.tree import Parts, named_tensors
 from atoll.federated.method import Share, SiteInfo, Split, expect_like
 from atoll.federated.visit import SiteModel
+from atoll.models.bake import bake
 
 SCORE = "parametrizations.weight.original"
 """How torch names the trainable tensor behind a parametrised weight."""
@@ -126,7 +127,7 @@ class EdgeScores(Share):
         tensors = named_tensors(model)
         self.install(SiteModel(model, tensors, self.split(model), {}), replica)
         for layer in [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]:
-            _bake(layer)
+            bake(layer)
         return model
 
 
@@ -165,14 +166,3 @@ def _random(name: str, like: Tensor) -> Tensor:
     """Uniform around zero, the same in every run: only for entries that a model builder left at zero."""
     drawn = torch.rand(like.shape, generator=stream(0, "edge scores", name)) * 2 - 1
     return drawn.to(like) / math.sqrt(fan_in(like))
-
-
-def _bake(layer: Any) -> None:
-    """Make the masked weight an ordinary parameter.
-
-    torch's ``remove_parametrizations`` changes a class that deep copies of the layer share, and breaks them.
-    """
-    weight = nn.Parameter(layer.weight.detach())
-    layer.__class__ = type(layer).__bases__[0]
-    del layer.parametrizations
-    layer.weight = weight

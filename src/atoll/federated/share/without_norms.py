@@ -9,13 +9,7 @@ from torch import nn
 from atoll.core.tree import named_tensors
 from atoll.federated.method import Share, Split
 from atoll.federated.share.parameters import floating_names
-
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,  # batch and instance norm of any dimension, synchronised ones included
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+from atoll.models.norm_free import NORMS
 
 
 @dataclass(frozen=True)
