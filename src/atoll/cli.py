@@ -221,7 +221,7 @@ def server(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if not as_json:
-        _print_plan(foreseen)
+        _print_plan(foreseen, here=False)
     _go(run, as_json, f"atoll server {ready.folder}")
 
 
@@ -440,14 +440,15 @@ def _go(begun: Any, as_json: bool, again: str = "") -> None:
     print(f"report  {page}")
 
 
-def _print_plan(p: Plan) -> None:
+def _print_plan(p: Plan, here: bool = True) -> None:
     from atoll.recipes import words
 
     about = "" if p.exact else f" (from the first {p.foreseen} rounds)"
     print(f"plan    {p.rounds} rounds, {p.per_round} of {p.sites} sites in each, {p.parameters:,} parameters{about}")
     up, down = words.size(p.up_bytes), words.size(p.down_bytes)
     print(f"        {'at most ' if p.at_most else ''}{up} up, {down} down; {p.flops:.3g} FLOPs at the sites")
-    print(f"        about {p.seconds:.1f} s and {words.size(p.memory_bytes)} of memory on this machine")
+    if here:
+        print(f"        about {p.seconds:.1f} s and {words.size(p.memory_bytes)} of memory on this machine")
     if p.epsilon is not None:
         print(f"        privacy: epsilon {p.epsilon:.3g} at delta {p.delta:.3g}, per site")
     for why in p.refused:

@@ -81,9 +81,11 @@ def test_a_site_says_once_that_the_server_is_away_and_once_that_it_is_back(files
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
         node = joining._Node(Connection(server=address, certificate=files, key=files), files, said.append)
-        node.knock(), node.knock()
+        node.knock()
+        node.knock()
         s.listen()
-        node.knock(), node.knock()
+        node.knock()
+        node.knock()
     assert [line.split(" ", 1)[1] for line in said] == [
         f"no server at {address} (Connection refused); trying again", "the server answers",
     ]  # fmt: skip

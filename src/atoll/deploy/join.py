@@ -161,7 +161,7 @@ class _Node:
         self._failing = self._failing or now if now - self._started < 20 else 0.0
         if said != self._complaint:
             self._complaint = said
-            self.say(f"{time.strftime('%H:%M:%S')} cannot join, trying again: {said}")
+            self.say(f"{time.strftime('%H:%M:%S')} joining again: {said}")
         if self._failing and now - self._failing > HOPELESS:
             raise RunError(f"This site could not join for {HOPELESS:.0f} s: {said}.")
 
@@ -211,6 +211,7 @@ ENDINGS = {
     "sites' keys and starts the server again), or believes for half a minute more that this site is still there",
     "onnection refused": "nothing listens at the address in --server",
     "Name or service not known": "there is no host of the name in --server",
+    "terminated gracefully": "the server has been started anew, or the SuperNode was told to end",
 }
 
 
