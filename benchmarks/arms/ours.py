@@ -1,5 +1,5 @@
-"""The same work in Atoll: ``inline``, ``pool`` (two processes) or ``flower`` (two actors of Flower's simulation engine),
-with the ``auto`` or the ``stock`` step.
+"""The same work in Atoll: ``inline``, ``pool`` (two processes) or ``flower`` (two actors of Flower's engine), with the
+``auto`` or the ``stock`` step.
 """
 
 from __future__ import annotations

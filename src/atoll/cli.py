@@ -418,9 +418,11 @@ def _go(begun: Any, as_json: bool, again: str = "") -> None:
     from atoll.data.picture import partition_svg
     from atoll.recipes.report import write_report
 
+    names = begun.prepared.setup.federation.labels.get("site_names")
+
     def line(row: Row) -> None:
         if row.refused or row.notes:
-            said = [f"site {s}: {why}" for s, why in row.refused.items()] + row.notes
+            said = [f"{names[s] if names else f'site {s}'}: {why}" for s, why in row.refused.items()] + row.notes
             print(f"round {row.round}: " + "; ".join(said[:3]) + (" ..." if len(said) > 3 else ""), file=sys.stderr)
 
     try:
@@ -479,7 +481,8 @@ def _show_run(folder: Path, summary: dict[str, Any] | None, as_json: bool) -> No
         if as_json:
             print(json.dumps({"event": "unfinished", "rounds": rounds}))
         else:
-            print(f"{folder}: {rounds} rounds done, not finished; `atoll resume {folder}` goes on")
+            again = "server" if (folder / "federation.json").exists() else "resume"
+            print(f"{folder}: {rounds} rounds done, not finished; `atoll {again} {folder}` goes on")
     elif as_json:
         print(json.dumps(summary))
     else:

@@ -49,7 +49,11 @@ class Deployment:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                [*self.program, *map(str, arguments)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env=environment
+                [*self.program, *map(str, arguments)],
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         self.processes[name] = process
         return process

@@ -102,7 +102,7 @@ def read_policy(path: Path | None) -> Policy:
     if not path.is_file():
         raise RecipeError([f"there is no file {path}"], "the site's policy")
     reader = Reader()
-    policy = reader.call(Policy, read_yaml(path), "")
+    policy = reader.call(Policy, read_yaml(path, "a policy is a mapping such as `bytes_per_day: 1000000`"), "")
     if isinstance(policy, Policy):
         known = {"methods": names_in("atoll.federated.methods"), "kinds": sorted(message_kinds())}
         for name, allowed in known.items():

@@ -62,7 +62,7 @@ def read_place(data: str | None, rehearse: bool) -> Place:
         raise DataError(f"There is no file or folder {data} (--data).")
     if data is None or not data.endswith((".yaml", ".yml")):
         return Place(data, rehearse)
-    fields = read_yaml(Path(data))
+    fields = read_yaml(Path(data), "a source is a mapping such as `name: sql`")
     if "name" not in fields:
         raise DataError(f"{data} must name a source, e.g. `name: sql`.")
     return Place(fields)

@@ -188,8 +188,8 @@ class _OnceEach(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; plain data only, and no key twice."""
+def read_yaml(path: Path, what: str = "a recipe is a mapping such as `method: fedavg`") -> dict[str, Any]:
+    """The mapping in a YAML file; plain data only, and no key twice. ``what``: it should hold, for the error."""
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceEach)
     except FileNotFoundError as e:
@@ -200,11 +200,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as e:
         where = getattr(e, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
-        raise RecipeError([f"{path} is not YAML{line}: {getattr(e, 'problem', None) or 'it cannot be parsed'}"]) from e
+        why = getattr(e, "problem", None) or "it cannot be parsed"
+        raise RecipeError([f"{path} is not YAML{line}: {why}"], str(path)) from e
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise RecipeError(["a recipe is a mapping such as `method: fedavg`"], str(path))
+        raise RecipeError([what], str(path))
     return value
 
 
