@@ -51,6 +51,12 @@ def _kinds(m: Method) -> Iterator[str]:
         )
     if m.local.synchronous_only and not m.schedule.synchronous:
         yield f"{name(m.local)} needs rounds that wait for replies; use Synchronous, not {name(m.schedule)}."
+    if m.combine.interval is not None and m.combine.interval != m.schedule.interval:
+        paced = "has no fixed interval" if m.schedule.interval is None else f"merges every {m.schedule.interval:g}"
+        yield (
+            f"{name(m.combine)} weights sites by how often they report when merges are {m.combine.interval:g} s apart, "
+            f"but {name(m.schedule)} {paced}; use FixedInterval(dt={m.combine.interval:g})."
+        )
 
 
 def _chain(way: str, codecs: tuple[Codec, ...]) -> Iterator[str]:
@@ -227,6 +233,11 @@ def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
         yield (
             f"{name(m.combine)} needs at least {m.combine.least} replies, but {name(m.select)} asks "
             f"{expected:g} of {num_sites} sites; ask more, or use a combiner that withstands less."
+        )
+    if m.combine.restless and (expected < num_sites or sampling.law == "poisson"):
+        yield (
+            f"{name(m.combine)} weights sites by the time of their visits, which says how often they report when all "
+            f"start again at once, but {name(m.select)} asks {expected:g} of {num_sites}; ask all."
         )
     for noise in m.uplink:
         if noise.private and noise.needs_sum and sampling.law == "poisson" and m.combine.divisor is None:

@@ -220,9 +220,11 @@ class Engine:
         dry = getattr(self.workers, "dry", False)
         buffers = self.workers.local.site_model(None).buffers
         public = setup.federation.public
+        num_samples = sum(i.num_samples for i in self.sites)
         return MergeContext(
-            s.round, s.replica, len(self.sites), setup.seed, setup.task, public, dry=dry, buffers=buffers
-        )
+            s.round, s.replica, len(self.sites), setup.seed, setup.task, public, dry=dry, buffers=buffers,
+            num_samples=num_samples,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- the fleet, as a schedule sees it
 
@@ -415,7 +417,7 @@ class Engine:
                 self.dropped_tags.append((flight.site, old))
             s.tags[flight.site] = outcome.state_tag
         staleness = s.round - flight.round
-        return Reply(flight.site, message, outcome.num_samples, staleness)
+        return Reply(flight.site, message, outcome.num_samples, staleness, flight.finish - flight.started)
 
     def _read(self, reply: Message) -> Message:
         """A reply, decoded and checked; masked ones have nothing but a form."""

@@ -57,12 +57,14 @@ class Reply:
     Attributes:
         num_samples: training examples behind the reply (1 when a codec hides it).
         staleness: merges between the version the site worked from and now; 0 in synchronous schedules.
+        seconds: virtual time from the start of the visit to the reply's arrival.
     """
 
     site: int
     message: Message
     num_samples: int = 1
     staleness: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class MergeContext:
         public: the server's own data, or None.
         buffers: names of the model's buffers (e.g. running statistics): averaged, never stepped like weights.
         replies: how many replies were merged; known to the server step, 0 while combining.
+        num_samples: training examples of all sites together.
     """
 
     round: int
@@ -131,6 +134,7 @@ class MergeContext:
     dry: bool = False
     buffers: frozenset[str] = frozenset()
     replies: int = 0
+    num_samples: int = 0
 
     def stream(self, *name: str | int) -> torch.Generator:
         return stream(self.seed, "server", *name, self.round)
@@ -305,6 +309,8 @@ class Combine(Protocol):
            least      fewest replies it can merge
            summable   additive over floating-point numbers: ``term`` and ``total`` say how, for secure sums
            counted    parts of a term that are added without the reply's weight
+           interval   virtual seconds between merges that its weights count on, or None
+           restless   its weights count on all sites starting again as soon as they can
     """
 
     package: ClassVar[str] = "atoll.federated.combine"
@@ -314,6 +320,11 @@ class Combine(Protocol):
     needs_public_data: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     counted: ClassVar[tuple[str, ...]] = ()
+    restless: ClassVar[bool] = False
+
+    @property
+    def interval(self) -> float | None:
+        return None
 
     @property
     def weighted(self) -> bool:
@@ -378,10 +389,17 @@ class Select(Protocol):
 
 
 class Schedule(Protocol):
-    """When the server merges what, on the fleet's virtual clock."""
+    """When the server merges what, on the fleet's virtual clock.
+
+    May    interval  virtual seconds between merges, where they are fixed
+    """
 
     package: ClassVar[str] = "atoll.federated.schedules"
     synchronous: ClassVar[bool] = True
+
+    @property
+    def interval(self) -> float | None:
+        return None
 
     def collect(self, fleet: Fleet) -> Iterable[Reply]:
         """Start visits and yield the replies of the next merge, in canonical order."""

@@ -25,6 +25,10 @@ class FixedInterval(Schedule):
     dt: Annotated[float, Gt(0)] = 1.0
     synchronous: ClassVar[bool] = False
 
+    @property
+    def interval(self) -> float:
+        return self.dt
+
     def collect(self, fleet: Fleet) -> Iterable[Reply]:
         fleet.start([site for site in fleet.select() if site not in fleet.in_flight])
         arrived = 0
