@@ -26,7 +26,7 @@ from atoll.deploy.site import SiteProgram
 from atoll.federated.dispatch import failed
 
 HOPELESS = 120.0  # seconds of failing starts before we give up; a server may believe in a lost node for 20
-POLL = 0.02  # seconds between looks for a request at our own SuperNode
+SOON, LATER = 0.02, 0.25  # seconds between looks for a request at our own SuperNode: more when there is none for long
 KNOCK = 10.0  # seconds between looks whether there is still a server, while it asks for nothing
 
 
@@ -65,7 +65,7 @@ def _answer_all(program: SiteProgram, connection: Connection, folder: Path, say:
     try:
         end = node.start()
         say(f"joining {connection.server}; waiting for requests (Ctrl-C leaves)")
-        trouble = ""
+        trouble, pause = "", SOON
         while not stop.asked:
             try:
                 taken = end.take()
@@ -81,8 +81,10 @@ def _answer_all(program: SiteProgram, connection: Connection, folder: Path, say:
                 if node.ended():
                     end = node.start()
                 node.knock()
-                time.sleep(POLL)
+                time.sleep(pause)
+                pause = min(1.05 * pause, LATER)
                 continue
+            pause = SOON
             node.known_as(taken.node)
             said = taken.message
             with taken.at_work():
