@@ -105,3 +105,36 @@ def test_a_link_that_breaks_while_requests_are_sent_loses_none():
     answers = [board.wait(t) for t in ask_all(board)]
     assert [a.facts["site"] for a in answers if isinstance(a, Message)] == list(range(SITES))
     assert link.mended == board.counts["links lost"] == 1
+
+
+class Leaving(FakeLink):
+    """The node of site 0 dies with a request; what it is sent afterwards is lost, until it has been started anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.died = 0.0
+
+    def back(self) -> bool:
+        return time.monotonic() - self.died > 0.5
+
+    def nodes(self) -> Mapping[int, NodeState]:
+        found = dict(super().nodes())
+        if self.died:
+            found[0] = NodeState(100, self.back(), "anew")
+        return found
+
+    def take(self, numbers: Sequence[str]) -> Iterator[tuple[str, Message | Lost]]:
+        lost = [n for n in numbers if n.startswith("0-") and not (self.died and self.back())]
+        for number in lost:
+            self.died = self.died or time.monotonic()
+            yield number, Lost("its node is gone", again=True)
+        yield from super().take([n for n in numbers if n not in lost])
+
+
+def test_a_node_that_dies_with_a_request_is_waited_for_and_not_blamed(monkeypatch):
+    monkeypatch.setattr(workers, "NODES", 0.4)
+    link = Leaving()
+    board = Switchboard(link, 60.0)
+    answers = [board.wait(t) for t in ask_all(board)]
+    assert [a.facts["site"] for a in answers if isinstance(a, Message)] == list(range(SITES))
+    assert link.sent.count(0) == 2

@@ -135,7 +135,7 @@ class Switchboard:
                 self.link.beat()
             asked = {c.number: c for c in self._asked(awaited)}
             for number, found in self.link.take([*asked, *self._late]):
-                news = True
+                news = news or isinstance(found, Message)
                 if number in asked:
                     self._take(asked[number], found)
                 elif number in self._late:
@@ -185,7 +185,7 @@ class Switchboard:
             c.tries += 1
             if found.again and c.tries < TRIES:
                 self.counts["requests sent again"] += 1
-                c.number = ""
+                c.number, self._looked = "", 0.0  # its node may be gone: what we know of it is old
             else:
                 self.counts["answers refused"] += 1
                 c.answer = found.why
