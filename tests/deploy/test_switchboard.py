@@ -138,3 +138,22 @@ def test_a_node_that_dies_with_a_request_is_waited_for_and_not_blamed(monkeypatc
     answers = [board.wait(t) for t in ask_all(board)]
     assert [a.facts["site"] for a in answers if isinstance(a, Message)] == list(range(SITES))
     assert link.sent.count(0) == 2
+
+
+def test_a_request_that_vanished_in_silence_is_sent_again(monkeypatch):
+    class Silent(FakeLink):
+        """The first request is claimed by a node on a connection that breaks before the node hears of it."""
+
+        def send(self, site: int, message: Message, ttl: float) -> str:
+            number = super().send(site, message, ttl)
+            if len(self.sent) == 1:
+                self._waiting.pop(number)
+            return number
+
+    monkeypatch.setattr(workers, "REPEAT", 0.2)
+    link = Silent()
+    board = Switchboard(link, patience=60.0)
+    (ticket,) = board.call([(3, lambda _: Message("do"))], limit=20.0)
+    assert isinstance(board.wait(ticket), Message)
+    assert link.sent == [3, 3]
+    assert board.counts["requests sent again"] == 1

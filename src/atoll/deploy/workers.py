@@ -25,6 +25,7 @@ SOON, LATER = 0.02, 0.25  # seconds between looks for answers: more as the wait 
 NODES = 1.0  # seconds between looks for nodes
 TRIES = 10  # requests whose answer went astray, until it is the site's fault
 HELD = 1 << 28  # bytes of answers that wait for their turn; the others wait at the SuperLink
+REPEAT = 900.0  # seconds after which a request without an answer is sent again: a site answers it with the same bytes
 TTL = 7 * 24 * 3600.0  # seconds; a site that is away for longer has its request sent again
 
 
@@ -72,6 +73,7 @@ class Call:
     limit: float | None
     began: float
     number: str = ""
+    sent: float = 0.0
     activated: str = ""
     lacking: bool = False
     tries: int = 0
@@ -159,15 +161,19 @@ class Switchboard:
             self._nodes, self._looked = self.link.nodes(), now
 
     def _due(self, c: Call) -> bool:
-        """Whether its request should be sent: for the first time, or again because its node was started anew."""
+        """Whether its request should be sent: for the first time, or again because its node was started anew or it may
+        have been lost on a connection that broke in silence."""
         node = self._nodes.get(c.site)
-        return c.answer is None and node is not None and node.online and (not c.number or c.activated != node.activated)
+        if c.answer is not None or node is None or not node.online:
+            return False
+        return not c.number or c.activated != node.activated or time.monotonic() - c.sent > REPEAT
 
     def _send(self, c: Call) -> None:
         """In a thread of its own; nobody else touches the call meanwhile."""
         if c.number:
             self._late.add(c.number)  # its node has forgotten it; or it answers twice
             self.counts["requests sent again"] += 1
+        c.sent = time.monotonic()
         c.number, c.activated = self.link.send(c.site, c.build(c.lacking), TTL), self._nodes[c.site].activated
 
     def _asked(self, awaited: Call | None) -> list[Call]:
