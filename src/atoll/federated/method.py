@@ -204,6 +204,7 @@ class LocalWork(Protocol):
            named      random numbers come from ``visit.stream(...)`` (the global generator is seeded per visit)
            dry        with ``visit.dry`` no step is taken, but message, state and cost have their true sizes
     May    data_dependent_size  a message's size depends on what was learned; a dry visit then gives the most
+           epsilon              what a run spends of each training row's privacy at the site already, or None
     """
 
     package: ClassVar[str] = "atoll.federated.local"
@@ -213,6 +214,10 @@ class LocalWork(Protocol):
     @property
     def data_dependent_size(self) -> bool:
         return False
+
+    @property
+    def epsilon(self) -> float | None:
+        return None
 
     def run(self, visit: Visit) -> Result: ...
 

@@ -49,10 +49,14 @@ def privacy_ledger(method: Method, cohorts: Iterable[tuple[int, int, bool]], num
 def spent(
     method: Method, cohorts: Iterable[tuple[int, int, bool]], num_sites: int, delta: float | None = None
 ) -> float | None:
-    """Epsilon of a run so far at ``delta`` (None: 1 / (10 sites)); None when no codec adds noise.
+    """Epsilon of a run so far at ``delta`` (None: 1 / (10 sites)); None when nothing adds noise.
 
-    Infinite when noise is missing (an insecure test seed).
+    Infinite when noise is missing (an insecure test seed). Local work that randomises each row by itself counts for
+    rows, not sites, in full from the first merge on, and at delta 0.
     """
+    own = method.local.epsilon
+    if own is not None:
+        return own if any(asked for _, asked, _ in cohorts) else 0.0
     if not any(c.private for c in method.uplink):
         return None
     return privacy_ledger(method, cohorts, num_sites).spent(delta or 0.1 / num_sites)

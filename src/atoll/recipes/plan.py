@@ -89,7 +89,8 @@ class DryWorkers(InlineWorkers):
         super().__init__(replace(setup, state_folder=None, timeout=None))
         self._known: dict[int, Outcome] = {}
         self._forms: dict[tuple[object, ...], Parts] = {}
-        self._reuse = not setup.method.share.incremental and setup.method.secure is None
+        m = setup.method
+        self._reuse = not (m.share.incremental or m.local.data_dependent_size) and m.secure is None
 
     def result(self, ticket: int) -> Outcome:
         job = replace(self._jobs.pop(ticket), dry=True, state_tag=None)
