@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from atoll.data.dataset import Info
-from atoll.models.bake import bake
+from atoll.models.baking import bake
 from atoll.models.model import ModelBuilder
 
 NORMS: tuple[type[nn.Module], ...] = (

@@ -25,7 +25,7 @@ from atoll.core.streams import stream
 from atoll.core.tree import Parts, named_tensors
 from atoll.federated.method import Share, SiteInfo, Split, expect_like
 from atoll.federated.visit import SiteModel
-from atoll.models.bake import bake
+from atoll.models.baking import bake
 
 SCORE = "parametrizations.weight.original"
 """How torch names the trainable tensor behind a parametrised weight."""
