@@ -18,14 +18,17 @@ class Arm:
     script: tuple[str, ...]
     base: str = BASE
     module: str = ""
+    dense_only: bool = False
 
 
 ARMS = {
     "bare loop": Arm(("arms/bare.py", "loop")),
+    "products alone": Arm(("arms/bare.py", "loop-floor"), dense_only=True),
     "inline, stock step": Arm(("arms/ours.py", "inline", "stock")),
     "inline": Arm(("arms/ours.py", "inline", "auto")),
     "pfl": Arm(("arms/pfl_research.py",), module="pfl"),
     "bare pool": Arm(("arms/bare.py", "pool"), "bare pool"),
+    "products alone, pool": Arm(("arms/bare.py", "pool-floor"), "bare pool", dense_only=True),
     "pool, stock step": Arm(("arms/ours.py", "pool", "stock"), "bare pool"),
     "pool": Arm(("arms/ours.py", "pool", "auto"), "bare pool"),
     "flower": Arm(("arms/flower.py",), "bare pool", "flwr"),

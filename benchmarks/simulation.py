@@ -51,7 +51,8 @@ def main() -> int:
             write_job(folder, model, a.rounds, a.data)
             for repetition in range(a.repetitions + (not a.quick)):
                 memory = repetition == a.repetitions
-                for arm in random.sample(arms, len(arms)):
+                able = [arm for arm in arms if not (ARMS[arm].dense_only and model == "cnn")]
+                for arm in random.sample(able, len(able)):
                     got = run(arm, a.peers, folder, memory, a.limit)
                     got |= {"model": model, "arm": arm, "repetition": repetition, "memory_run": memory}
                     record["runs"].append(got)
