@@ -51,3 +51,8 @@ def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
         for line in f:
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: ``$XDG_CACHE_HOME/atoll``, else ``~/.cache/atoll``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "atoll"

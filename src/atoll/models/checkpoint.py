@@ -28,6 +28,10 @@ class Checkpoint(ModelBuilder):
     network: ModelBuilder = MLP()
     fresh: tuple[str, ...] = ()
 
+    @property
+    def architecture(self) -> ModelBuilder:
+        return self.network.architecture
+
     def build(self, info: Info, outputs: int) -> nn.Module:
         model = self.network.build(info, outputs)
         load_weights(model, read_weights(self.path), self.path, self.fresh)

@@ -18,7 +18,6 @@ from atoll.core.build import Reader, describe
 from atoll.core.errors import DataError
 from atoll.core.files import write_json
 from atoll.data.dataset import Info
-from atoll.models.checkpoint import Checkpoint
 from atoll.models.model import ModelBuilder, build_model
 from atoll.models.weights import load_weights, read_weights, write_weights
 
@@ -94,8 +93,8 @@ def _build(folder: Path, about: Mapping[str, Any], fresh: bool = False) -> nn.Mo
     network = reader.read(ModelBuilder, about["builder"], "builder")
     if reader.problems:
         raise DataError(f"{folder / ABOUT}: {'; '.join(reader.problems)}.")
-    if fresh and isinstance(network, Checkpoint):
-        network = network.network
+    if fresh:
+        network = network.architecture
     data = about["data"]
     lists: dict[str, Any] = {name: tuple(data[name]) for name in ("shape", "class_names", "feature_names")}
     lists |= {

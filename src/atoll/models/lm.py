@@ -11,56 +11,16 @@ Shapes: B rows, T tokens, D = dim, H heads, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from atoll.core.errors import DataError
 from atoll.data.dataset import Info
 from atoll.models.model import ModelBuilder, expect_shape
-
-Norm = Literal["rms", "layer"]
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-
-
-class Attention(nn.Module):
-    """Causal self-attention. Four separate projections, so that adapters can target them by name."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        split = (self.heads, -1)
-        q, k, v = (f(x_BTD).unflatten(-1, split).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, dim: int, heads: int, dropout: float, norm: Norm) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = NORMS[norm](dim), NORMS[norm](dim)
-        self.attention = Attention(dim, heads, dropout)
-        self.up_proj = nn.Linear(dim, 4 * dim)
-        self.down_proj = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        out: Tensor = x + self.dropout(self.down_proj(F.gelu(self.up_proj(self.norm2(x)))))
-        return out
+from atoll.models.transformer import NORMS, Block, Norm
 
 
 class LMNet(nn.Module):
@@ -81,7 +41,7 @@ class LMNet(nn.Module):
         self.embed = nn.Embedding(vocabulary, dim)
         self.position = nn.Embedding(length, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, norm) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, norm, causal=True) for _ in range(layers))
         self.norm = NORMS[norm](dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         for name, p in self.named_parameters():

@@ -31,6 +31,11 @@ class ModelBuilder(Protocol):
         """Args: what the inputs look like; how many outputs there are (classes, targets, vocabulary)."""
         ...
 
+    @property
+    def architecture(self) -> ModelBuilder:
+        """What builds the same module and reads no weights."""
+        return self
+
 
 @contextmanager
 def seeded(seed: int, *name: str | int) -> Iterator[None]:

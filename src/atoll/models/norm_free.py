@@ -123,6 +123,10 @@ class NormFree(ModelBuilder):
 
     network: ModelBuilder
 
+    @property
+    def architecture(self) -> ModelBuilder:
+        return NormFree(self.network.architecture)
+
     def build(self, info: Info, outputs: int) -> nn.Module:
         model = self.network.build(info, outputs)
         strip_norms(model)

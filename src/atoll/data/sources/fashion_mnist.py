@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.core.errors import DataError
+from atoll.core.files import user_cache
 from atoll.data.dataset import Info
 from atoll.data.idx import labelled, read_pair
 from atoll.data.source import Loaded, Source
@@ -59,7 +59,7 @@ class FashionMnist(Source):
 
 
 def _usual_places() -> Iterator[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = user_cache()
     yield Path("/usr/share/datasets/fashion-mnist")
     for name in ("fashion-mnist", "fashion_mnist", "FashionMNIST/raw"):
-        yield from (cache / "atoll" / name, cache / name, Path("data") / name)
+        yield from (cache / name, cache.parent / name, Path("data") / name)

@@ -11,7 +11,6 @@ from torch import nn
 from atoll.core.tree import Parts
 from atoll.federated.method import SiteInfo
 from atoll.federated.share.parameters import Parameters
-from atoll.models.checkpoint import Checkpoint
 from atoll.models.model import ModelBuilder
 from atoll.models.norm_free import RELU_GAIN, NormFree, bake_convolutions, standardise_convolutions, strip_norms
 
@@ -40,4 +39,4 @@ class NormFreeParameters(Parameters):
         return model
 
     def exported(self, network: ModelBuilder) -> ModelBuilder:
-        return NormFree(network.network if isinstance(network, Checkpoint) else network)
+        return NormFree(network.architecture)
