@@ -34,7 +34,19 @@ def catalogue(claims: Path = Path("claims")) -> list[dict[str, Any]]:
     return out
 
 
-PARTS = ("method", "combine", "uplink", "downlink", "schedule", "select", "partition", "share", "local", "server")
+PARTS = (
+    "method",
+    "combine",
+    "uplink",
+    "downlink",
+    "schedule",
+    "select",
+    "partition",
+    "share",
+    "local",
+    "server",
+    "topology",
+)
 
 
 def subject(record: dict[str, Any], expect: str) -> str:

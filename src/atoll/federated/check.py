@@ -39,6 +39,8 @@ def problems_of(m: Method) -> list[str]:
         *_downlink(m),
         *_sparse(m),
         *_secure(m),
+        *m.topology.problems(m),
+        *_at_peers(m),
     ] + [problem for codec in m.uplink if codec.private for problem in _private(m, codec)]
 
 
@@ -56,6 +58,14 @@ def _kinds(m: Method) -> Iterator[str]:
         yield (
             f"{name(m.combine)} weights sites by how often they report when merges are {m.combine.interval:g} s apart, "
             f"but {name(m.schedule)} {paced}; use FixedInterval(dt={m.combine.interval:g})."
+        )
+
+
+def _at_peers(m: Method) -> Iterator[str]:
+    if m.combine.at_peers:  # gossip would have moved it to the sites
+        yield (
+            f"{name(m.combine)} judges updates by the model and the rows of the site that merges them, and under "
+            f"{name(m.topology)} a server merges; use Gossip, or Median instead of {name(m.combine)}."
         )
 
 

@@ -163,6 +163,7 @@ class Engine:
         s, m = self.state, self.method
         started = time.perf_counter()
         self.row, self._sum = Row(s.round), None
+        self.row.relayed_bytes = self.down_bytes * m.topology.relays(len(self.sites))
         drawn = not s.broadcast.everyone and all(i.profile.availability >= 1 for i in self.sites)
         replies = _Counted(m.schedule.collect(self))
         context, tags = self.context(), dict(s.tags)
@@ -198,7 +199,10 @@ class Engine:
 
     def _combine(self, replies: Iterator[Reply], context: MergeContext) -> Message:
         if self._sum is None:
-            return self.method.combine.combine(replies, context)
+            topology = self.method.topology
+            combined, carried = topology.combine(self.method.combine, replies, context)
+            self.row.relayed_bytes += carried
+            return combined
         for reply in replies:
             self._sum.add(reply.site, reply.message)
         answers = self._ask(self._sum.unmasking())

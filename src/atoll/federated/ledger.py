@@ -18,6 +18,7 @@ class Row:
         time: virtual seconds at its end.
         seconds: real seconds it took.
         down_bytes, up_bytes: encoded bytes by site.
+        relayed_bytes: between aggregators, where the topology has any.
         flops, site_seconds: by site; real seconds of the visit on this machine.
         refused: reason by site, for replies that were not merged.
         notes: warnings.
@@ -30,6 +31,7 @@ class Row:
     replies: int = 0
     down_bytes: dict[int, int] = field(default_factory=dict)
     up_bytes: dict[int, int] = field(default_factory=dict)
+    relayed_bytes: int = 0
     flops: dict[int, float] = field(default_factory=dict)
     site_seconds: dict[int, float] = field(default_factory=dict)
     site_metrics: dict[int, dict[str, float]] = field(default_factory=dict)

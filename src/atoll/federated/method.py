@@ -123,6 +123,9 @@ class MergeContext:
         buffers: names of the model's buffers (e.g. running statistics): averaged, never stepped like weights.
         replies: how many replies were merged; known to the server step, 0 while combining.
         num_samples: training examples of all sites together.
+        site: number of the site that merges (gossip); None at a server.
+        model: where a site merges what its peers sent (gossip), its own model with the replica in it; else None.
+            ``public`` is then the site's own validation rows, or its training rows.
     """
 
     round: int
@@ -135,6 +138,8 @@ class MergeContext:
     buffers: frozenset[str] = frozenset()
     replies: int = 0
     num_samples: int = 0
+    site: int | None = None
+    model: nn.Module | None = None
 
     def stream(self, *name: str | int) -> torch.Generator:
         return stream(self.seed, "server", *name, self.round)
@@ -316,6 +321,7 @@ class Combine(Protocol):
            counted    parts of a term that are added without the reply's weight
            interval   virtual seconds between merges that its weights count on, or None
            restless   its weights count on all sites starting again as soon as they can
+           at_peers   judges replies by a site's own model and rows, so it merges at sites alone (gossip)
     """
 
     package: ClassVar[str] = "atoll.federated.combine"
@@ -326,6 +332,7 @@ class Combine(Protocol):
     summable: ClassVar[bool] = False
     counted: ClassVar[tuple[str, ...]] = ()
     restless: ClassVar[bool] = False
+    at_peers: ClassVar[bool] = False
 
     @property
     def interval(self) -> float | None:
@@ -359,12 +366,17 @@ class ServerStep(Protocol):
 
     May    accepts     kinds of combined message it understands
            broadcasts  the kind it sends after a merge; ``"weights"`` is a whole model, which must not be sparsified
+           adds        the step is ``weights += delta`` and nothing else, which peers can do without a server
     """
 
     package: ClassVar[str] = "atoll.federated.server"
     accepts: ClassVar[tuple[str, ...]] = ("delta",)
     broadcasts: ClassVar[str] = "weights"
     needs_public_data: ClassVar[bool] = False
+
+    @property
+    def adds(self) -> bool:
+        return False
 
     def init(self, replica: Parts) -> Parts:
         """The server's own state before round 0 (e.g. optimizer moments)."""
@@ -458,12 +470,32 @@ class Fleet(Protocol):
 
 
 class Topology(Protocol):
-    """Who talks to whom. ``arrange`` may regroup the federation before the run starts."""
+    """Who talks to whom.
+
+    May    arrange   regroup the federation before the run starts
+           problems  why a method cannot run on it, each a sentence with the alternative
+           compose   the method in the parts that this topology needs; called again on its own result, changes nothing
+           combine   run the combiner along the links between aggregators
+           relays    how many links between aggregators a broadcast passes, besides those to the sites
+    """
 
     package: ClassVar[str] = "atoll.federated.topologies"
 
     def arrange(self, federation: Any) -> Any:
         return federation
+
+    def problems(self, method: Method) -> list[str]:
+        return []
+
+    def compose(self, method: Method) -> Method:
+        return method
+
+    def combine(self, combiner: Combine, replies: Iterable[Reply], context: MergeContext) -> tuple[Message, int]:
+        """The combined message, and the bytes that links between aggregators carried for it."""
+        return combiner.combine(replies, context), 0
+
+    def relays(self, num_sites: int) -> int:
+        return 0
 
 
 class Backend(Protocol):

@@ -37,6 +37,7 @@ class Setup:
     """All that a worker needs to know, once.
 
     Attributes:
+        method: as its topology composes it.
         vault: what sites keep to themselves for secure sums; None in a simulation.
     """
 
@@ -50,6 +51,9 @@ class Setup:
     timeout: float | None = None
     state_folder: Path | None = None
     vault: Vault | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", self.method.topology.compose(self.method))
 
     def info(self, site: int) -> SiteInfo:
         return SiteInfo(site, len(self.federation.sites[site].train), self.profiles[site])

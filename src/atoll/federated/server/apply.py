@@ -22,6 +22,10 @@ class Apply(ServerStep):
 
     lr: Annotated[float, Gt(0)] = 1.0
 
+    @property
+    def adds(self) -> bool:
+        return self.lr == 1.0
+
     def step(self, replica: Parts, state: Parts, combined: Message, context: MergeContext) -> tuple[Broadcast, Parts]:
         delta = combined.parts.get("delta", {})  # a part without tensors does not cross the wire
         weights = add(replica["weights"], delta, alpha=self.lr)

@@ -18,10 +18,12 @@ class Pooled(Topology):
 
     def arrange(self, federation: Federation) -> Federation:
         sites = federation.sites
+        unlabelled = [s.unlabelled for s in sites if s.unlabelled is not None]
         one = SiteData(
             concatenate([s.train for s in sites]),
             concatenate([s.validation for s in sites]),
             concatenate([s.test for s in sites]),
+            concatenate(unlabelled) if unlabelled else None,
         )
         return replace(federation, sites=(one,))
 
