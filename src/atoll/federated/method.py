@@ -162,7 +162,8 @@ class Share(Protocol):
     same_model: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, site: SiteInfo | None) -> nn.Module:
-        """Change a fresh model once per worker (inject adapters, masks). ``site`` None: the server's copy."""
+        """Change a fresh model once per worker (inject adapters, masks). ``site`` None: the server's copy. The global
+        generators follow the run's seed, so that new weights are the same everywhere."""
         return model
 
     def prepare_key(self, site: SiteInfo | None) -> object:

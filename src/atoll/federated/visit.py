@@ -29,6 +29,7 @@ from atoll.federated.secure.cohort import Cohort
 from atoll.federated.secure.site import SecureSite, Summand, summand
 from atoll.federated.secure.vault import SimulatedVault, Vault
 from atoll.federated.states import States
+from atoll.models.model import seeded
 from atoll.tasks.task import Task
 
 
@@ -267,7 +268,9 @@ class Worker:
         cache_key = (s.task.model_key(site), share.prepare_key(info), slot)
         at = self._models.get(cache_key)
         if at is None:
-            model = share.prepare(s.task.model(s.seed, site), info).to(s.device)
+            model = s.task.model(s.seed, site)
+            with seeded(s.seed, "prepare"):  # what a share adds starts alike everywhere
+                model = share.prepare(model, info).to(s.device)
             split, tensors = share.split(model), named_tensors(model)
             shared = set(split.shared)
             parameters = {n for n, _ in model.named_parameters()}

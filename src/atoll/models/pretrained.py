@@ -114,7 +114,7 @@ class Pretrained(ModelBuilder):
                 for rows in torch.randperm(len(data), generator=order).split(self.batch_size):
                     loss = _loss(model, data.ready(rows), data.info)
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     optimizer.step()
                     schedule.step()
                     done += 1
