@@ -86,6 +86,10 @@ class Dataset:
         columns = {n: _pick(c, self.rows) for n, c in self.columns.items()}
         return replace(self, columns={**columns, name: values}, rows=None)
 
+    def without_column(self, name: str) -> Dataset:
+        """The same rows, sharing storage, as if the column had never been there."""
+        return replace(self, columns={n: c for n, c in self.columns.items() if n != name})
+
     def about(self, info: Info) -> Dataset:
         """The same rows described by ``info``, e.g. with another mean and scale."""
         return replace(self, info=info)
@@ -128,11 +132,17 @@ def _pick(column: Tensor, rows: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
-    """One site's rows, in three disjoint parts."""
+    """One site's rows, in disjoint parts.
+
+    Attributes:
+        unlabelled: training rows without a column ``y``, for work that learns from inputs alone; all other work sees
+            ``train`` and nothing else. None: every training row has its label.
+    """
 
     train: Dataset
     validation: Dataset
     test: Dataset
+    unlabelled: Dataset | None = None
 
 
 @dataclass(frozen=True, slots=True)

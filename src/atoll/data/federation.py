@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from atoll.core.errors import DataError
 from atoll.core.streams import numpy_stream
 from atoll.data.columns import check_classes
-from atoll.data.dataset import Dataset, Federation, SiteData
+from atoll.data.dataset import Dataset, Federation, Info, SiteData
 from atoll.data.heterogeneity import heterogeneity, histogram
 from atoll.data.partition import Partitioner, Rows
 from atoll.data.source import Loaded, Source, fitted
@@ -39,6 +39,7 @@ def make_federation(
     public: float = 0.0,
     common_test: float = 0.1,
     limit: int | None = None,
+    labelled: float = 1.0,
 ) -> Federation:
     """Load, hold out, share among sites, and split each site's rows in three.
 
@@ -54,6 +55,8 @@ def make_federation(
         common_test: fraction held out for all when the source has no test part.
         limit: use at most this many rows of the source's training part, and of its test part, drawn at
             random.
+        labelled: fraction of each site's training rows that keep their label (rounded); the others become
+            ``unlabelled`` rows, whose labels nobody has.
 
     Raises:
         DataError: fractions that leave nothing, fewer rows than sites, a site without rows.
@@ -76,9 +79,11 @@ def make_federation(
     assignment = partition.assign(data, sites, seed)
     _check_owners(assignment, sites, _name(partition))
     parts = [_three(data, rows, validation, test, seed, i) for i, rows in enumerate(assignment)]
-    info = fitted(data.info, [p.train for p in parts]) if loaded.fit else data.info
-    parts = [SiteData(p.train.about(info), p.validation.about(info), p.test.about(info)) for p in parts]
-    numbers = heterogeneity(histogram([p.train for p in parts], info, loaded.tokenizer))
+    numbers = heterogeneity(histogram([p.train for p in parts], data.info, loaded.tokenizer))
+    parts = [label_some(own, labelled, seed, i) for i, own in enumerate(parts)]
+    unlabelled = [p.unlabelled for p in parts if p.unlabelled is not None]
+    info = fitted(data.info, [*(p.train for p in parts), *unlabelled]) if loaded.fit else data.info
+    parts = [_about(own, info) for own in parts]
     labels: dict[str, object] = {
         "source": info.name,
         "partition": _name(partition),
@@ -98,6 +103,20 @@ def make_federation(
         labels=labels,
         tokenizer=loaded.tokenizer,
     )
+
+
+def label_some(own: SiteData, labelled: float, seed: int, site: int) -> SiteData:
+    """The same rows, of which a random fraction of the training rows are still labelled."""
+    if not 0 <= labelled <= 1:
+        raise DataError(f"`labelled` is a fraction from 0 to 1; got {labelled}.")
+    if labelled == 1:
+        return own
+    if "y" not in own.train.columns:
+        raise DataError(f"`labelled: {labelled}` hides labels, and `{own.train.info.name}` has none; leave it out.")
+    order = numpy_stream(seed, "labelled", site).permutation(len(own.train))
+    cut = round(labelled * len(order))
+    kept, hidden = (_rows(own.train, np.sort(rows)) for rows in (order[:cut], order[cut:]))
+    return replace(own, train=kept, unlabelled=hidden.without_column("y"))
 
 
 def one_site(loaded: Loaded, site: int, *, seed: int, validation: float, test: float) -> SiteData:
@@ -140,6 +159,11 @@ def _three(data: Dataset, rows: Rows, validation: float, test: float, seed: int,
     cut = for_test + for_validation
     parts = order[cut:], order[for_test:cut], order[:for_test]
     return SiteData(*(_rows(data, np.sort(p)) for p in parts))
+
+
+def _about(own: SiteData, info: Info) -> SiteData:
+    unlabelled = own.unlabelled.about(info) if own.unlabelled is not None else None
+    return SiteData(own.train.about(info), own.validation.about(info), own.test.about(info), unlabelled)
 
 
 def _rows(data: Dataset, rows: Any) -> Dataset:

@@ -59,12 +59,14 @@ def fitted(info: Info, rows: Iterable[Dataset]) -> Info:
 
     Tables are standardised feature by feature, images channel by channel. All that is needed from each data set is a
     count, a sum and a sum of squares, which are added in the order of the data sets: sites that send theirs to each
-    other (``agreement.py``) come to the same bits without showing a row. A constant feature gets scale 1.
+    other (``agreement.py``) come to the same bits without showing a row. A constant feature gets scale 1. Rows without
+    a target tell about the inputs alone.
     """
     rows = list(rows)
     names = measured(rows[0]) if rows else ("x",)
-    mean = {n: average([moments(data, n) for data in rows]) for n in names}
-    return with_moments(info, mean, {n: average([moments(data, n, mean[n]) for data in rows]) for n in names})
+    having = {n: [data for data in rows if n in data.columns] for n in names}
+    mean = {n: average([moments(data, n) for data in having[n]]) for n in names}
+    return with_moments(info, mean, {n: average([moments(data, n, mean[n]) for data in having[n]]) for n in names})
 
 
 def standardised(train: Dataset, test: Dataset | None = None) -> Loaded:

@@ -34,6 +34,8 @@ class Guard:
         """Before anything is read. All that speaks against it, at once."""
         if recipe.attack is not None:
             raise Refused("The recipe makes sites hostile, which is for simulations only.")
+        if recipe.labelled < 1:
+            raise Refused("The recipe hides labels of a site's rows (`labelled`), which is for simulations only.")
         method = recipe.make_method(sites)
         named = (getattr(recipe.data, name, None) for name in ("target", "site"))
         columns = [*(getattr(recipe.data, "features", None) or ()), *(c for c in named if c)]

@@ -49,6 +49,8 @@ class Recipe:
         sites: number of sites; None takes as many as the data has owners, and 10 where it names none.
         validation, test: fractions of each site's rows that it keeps for itself.
         public: fraction of the training rows that the server owns.
+        labelled: fraction of each site's training rows that have a label; a method that cannot learn from inputs alone
+            does not see the others.
         limit: use at most so many rows.
         task: what is learned; None takes what fits the data.
         model: the network.
@@ -79,6 +81,7 @@ class Recipe:
     validation: Annotated[float, Ge(0), Lt(1)] = 0.0
     test: Annotated[float, Ge(0), Lt(1)] = 0.2
     public: Annotated[float, Ge(0), Lt(1)] = 0.0
+    labelled: Annotated[float, Ge(0), Le(1)] = 1.0
     limit: Annotated[int, Ge(1)] | None = None
     task: Task | None = None
     model: ModelBuilder = field(default_factory=MLP)
@@ -115,6 +118,7 @@ class Recipe:
         return make_federation(
             self.data, self.partition, sites=self.sites, otherwise=DEFAULT_SITES, seed=self.seed,
             validation=self.validation, test=self.test, public=self.public, limit=self.limit,
+            labelled=self.labelled,
         )  # fmt: skip
 
     def make_task(self, info: Info) -> Task:
