@@ -448,7 +448,8 @@ def _print_plan(p: Plan, here: bool = True) -> None:
     about = "" if p.exact else f" (from the first {p.foreseen} rounds)"
     print(f"plan    {p.rounds} rounds, {p.per_round} of {p.sites} sites in each, {p.parameters:,} parameters{about}")
     up, down = words.size(p.up_bytes), words.size(p.down_bytes)
-    print(f"        {'at most ' if p.at_most else ''}{up} up, {down} down; {p.flops:.3g} FLOPs at the sites")
+    inner = f", {words.size(p.relayed_bytes)} between aggregators" if p.relayed_bytes else ""
+    print(f"        {'at most ' if p.at_most else ''}{up} up, {down} down{inner}; {p.flops:.3g} FLOPs at the sites")
     if here:
         print(f"        about {p.seconds:.1f} s and {words.size(p.memory_bytes)} of memory on this machine")
     if p.epsilon is not None:
@@ -465,7 +466,9 @@ def _print_summary(s: dict[str, Any]) -> None:
     if not s.get("replies", 1):
         print(f"nothing was learned: all {s['refused']} replies were refused (the report says why)")
     print(f"done    {s['rounds']} rounds in {s['seconds']:.1f} s; {whose}: {metrics}")
-    print(f"        {words.size(s['up_bytes'])} up, {words.size(s['down_bytes'])} down; {s['refused']} replies refused")
+    inner = f", {words.size(s['relayed_bytes'])} between aggregators" if s.get("relayed_bytes") else ""
+    up, down = words.size(s["up_bytes"]), words.size(s["down_bytes"])
+    print(f"        {up} up, {down} down{inner}; {s['refused']} replies refused")
     if s["epsilon"] is not None:
         print(f"        privacy spent: epsilon {s['epsilon']:.3g} at delta {s['delta']:.3g}, per site")
 

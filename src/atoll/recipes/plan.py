@@ -46,6 +46,7 @@ class Plan:
         exact: every merge was foreseen; otherwise totals are extrapolated from the first ``foreseen`` merges.
         at_most: bytes, FLOPs and virtual seconds are upper bounds, since replies depend on what was learned.
         up_bytes, down_bytes: all sites, all merges.
+        relayed_bytes: between aggregators, where the topology has any.
         round_bytes: up and down of the first merge with replies.
         flops: of all visits.
         virtual_seconds: on the devices' clock.
@@ -74,6 +75,7 @@ class Plan:
     foreseen: int
     at_most: bool
     refused: tuple[str, ...] = ()
+    relayed_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,7 +133,7 @@ def make_plan(setup: Setup, rounds: int, *, workers: int = 1, evaluations: int =
         engine = Engine(setup, dry)
         started, up, down, flops, visits, first = time.perf_counter(), 0, 0, 0.0, 0, 0
         per_round = round_bytes = 0
-        replies, refused = 0, dict[str, None]()
+        replies, relayed, refused = 0, 0, dict[str, None]()
         done = 0
         while done < rounds:
             row = engine.step()
@@ -141,6 +143,7 @@ def make_plan(setup: Setup, rounds: int, *, workers: int = 1, evaluations: int =
             flops += sum(row.flops.values())
             visits += len(row.up_bytes)
             replies += row.replies
+            relayed += row.relayed_bytes
             refused |= {f"site {site}: {why}": None for site, why in row.refused.items()}
             if not first and row.up_bytes:
                 first, per_round = 1, len(row.up_bytes)
@@ -161,7 +164,7 @@ def make_plan(setup: Setup, rounds: int, *, workers: int = 1, evaluations: int =
             down_bytes=round(down * scale), round_bytes=round_bytes, flops=flops * scale,
             virtual_seconds=engine.state.now * scale, seconds=seconds, memory_bytes=memory, epsilon=epsilon,
             delta=delta, exact=done == rounds, foreseen=done, at_most=setup.method.local.data_dependent_size,
-            refused=tuple(refused)[:FEW],
+            refused=tuple(refused)[:FEW], relayed_bytes=round(relayed * scale),
         )  # fmt: skip
     finally:
         dry.close()

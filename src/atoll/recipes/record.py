@@ -40,6 +40,8 @@ class Merge:
     replies: float
     up: float
     down: float
+    relayed: float
+    """Bytes between aggregators."""
     flops: float
     metrics: dict[str, float]
     reported: dict[str, float]
@@ -110,7 +112,7 @@ class Record:
         return True if metric.endswith(HIGHER) else None
 
     def total(self, name: str) -> float:
-        """Sum of ``up``, ``down``, ``flops``, ``seconds`` or ``refused`` over the merges."""
+        """Sum of ``up``, ``down``, ``relayed``, ``flops``, ``seconds`` or ``refused`` over the merges."""
         return math.fsum(v for m in self.merges if math.isfinite(v := float(getattr(m, name))))
 
 
@@ -194,6 +196,7 @@ def _take_merge(record: Record, event: Mapping[str, Any]) -> None:
             replies=number(event.get("replies")),
             up=_total(up),
             down=_total(down),
+            relayed=number(event.get("relayed_bytes", 0)),
             flops=_total(flops),
             metrics=_numbers(event.get("metrics")),
             reported={name: mean(values) for name, values in reported.items()},

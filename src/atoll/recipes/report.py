@@ -471,6 +471,7 @@ def _plan_table(r: Record) -> str:
     measured: list[tuple[str, str, float, Format]] = [
         ("bytes up", "up_bytes", r.total("up"), size),
         ("bytes down", "down_bytes", r.total("down"), size),
+        ("bytes between aggregators", "relayed_bytes", r.total("relayed"), size),
         ("work at the sites", "flops", r.total("flops"), words.flops),
         ("device time", "virtual_seconds", r.merges[-1].time if r.merges else math.nan, duration),
         ("time on this machine", "seconds", _seconds(r) if r.merges else math.nan, duration),
@@ -480,7 +481,8 @@ def _plan_table(r: Record) -> str:
     rows = []
     for label, key, true, form in measured:
         foreseen = number(r.plan.get(key))
-        if key == "epsilon" and math.isnan(foreseen) and math.isnan(true):
+        absent = math.isnan(foreseen) and math.isnan(true) if key == "epsilon" else key == "relayed_bytes" and not true
+        if absent:
             continue
         ratio = true / foreseen if foreseen else (1.0 if true == foreseen else math.nan)
         rows.append([label, form(foreseen), form(true), f"{ratio:.2f}" if math.isfinite(ratio) else MISSING])

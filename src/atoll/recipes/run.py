@@ -180,7 +180,11 @@ class Run:
     def _finish(self, engine: Engine, seconds: float) -> dict[str, Any]:
         sites = engine.evaluate_sites()
         self._append({"event": "sites", "metrics": {str(s): m for s, m in sites.items()}})
-        totals, refused, last = dict[str, float](up_bytes=0, down_bytes=0, flops=0), 0, dict[str, Any]()
+        totals, refused, last = (
+            dict[str, float](up_bytes=0, down_bytes=0, relayed_bytes=0, flops=0),
+            0,
+            dict[str, Any](),
+        )
         for row in read_json_lines(self.events_path):  # one at a time: together they grow with sites times merges
             if row["event"] == "round":
                 totals, refused, last = _added(totals, row), refused + len(row["refused"]), row
@@ -287,7 +291,10 @@ def versions() -> dict[str, str]:
 
 
 def _added(totals: dict[str, float], row: dict[str, Any]) -> dict[str, float]:
-    return {name: total + sum(row[name].values()) for name, total in totals.items()}
+    def of(value: Any) -> float:
+        return sum(value.values()) if isinstance(value, dict) else value  # by site, or of all together
+
+    return {name: total + of(row.get(name, 0)) for name, total in totals.items()}
 
 
 def _now() -> str:

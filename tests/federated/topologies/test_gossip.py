@@ -16,6 +16,7 @@ from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.codecs.clip import Clip
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.top_k import TopK
+from atoll.federated.combine.krum import Krum
 from atoll.federated.combine.median import Median
 from atoll.federated.combine.weighted_mean import WeightedMean
 from atoll.federated.local.local_sgd import LocalSGD
@@ -151,6 +152,7 @@ def test_a_median_peer_ignores_a_hostile_neighbour(run):
         (scaffold(), "server"), (fedopt(), "Adaptive"), (frl(), "reply|replies"),
         (fedavg().but(schedule=Buffered(k=2)), "Buffered"),
         (fedavg().but(uplink=(TopK(fraction=0.1),)), "TopK"), (fedavg().but(uplink=(Clip(norm=1.0),)), "Clip"),
+        (fedavg().but(combine=Krum(f=2)), r"Gossip\(degree=6\)"),
         (fedavg().but(downlink=(Quantise(bits=8),)), "downlink"),
     ],
 )  # fmt: skip

@@ -59,6 +59,11 @@ class Gossip(Topology):
             )
         if method.share.incremental or not method.share.same_model:
             out.append(f"Peers mix models of one form, which {type(method.share).__name__} does not give; use Star.")
+        if method.combine.least > self.degree + 1:
+            out.append(
+                f"{combiner} needs {method.combine.least} models, and a peer of this Gossip has its own and those of "
+                f"{self.degree} neighbours; use Gossip(degree={method.combine.least // 2 * 2})."
+            )
         if not method.schedule.synchronous:
             out.append(f"Gossip goes in rounds, not by {type(method.schedule).__name__}; use Synchronous.")
         if method.secure is not None:
