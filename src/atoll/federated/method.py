@@ -35,6 +35,7 @@ from atoll.federated.secure.secure_sum import SecureSum
 from atoll.privacy.accounting import Sampling
 
 if TYPE_CHECKING:
+    from atoll.data.dataset import Info
     from atoll.federated.visit import Result, SiteModel, Visit
     from atoll.models.model import ModelBuilder
 
@@ -165,6 +166,10 @@ class Share(Protocol):
         """Change a fresh model once per worker (inject adapters, masks). ``site`` None: the server's copy. The global
         generators follow the run's seed, so that new weights are the same everywhere."""
         return model
+
+    def prepare_for(self, model: nn.Module, site: SiteInfo | None, rows: Info) -> nn.Module:
+        """:meth:`prepare`, for shares whose changes depend on what a row looks like (a decoder's outputs, widths)."""
+        return self.prepare(model, site)
 
     def prepare_key(self, site: SiteInfo | None) -> object:
         """Sites with equal keys may share one prepared model instance."""

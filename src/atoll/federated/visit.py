@@ -270,7 +270,7 @@ class Worker:
         if at is None:
             model = s.task.model(s.seed, site)
             with seeded(s.seed, "prepare"):  # what a share adds starts alike everywhere
-                model = share.prepare(model, info).to(s.device)
+                model = share.prepare_for(model, info, s.federation.info).to(s.device)
             split, tensors = share.split(model), named_tensors(model)
             shared = set(split.shared)
             parameters = {n for n, _ in model.named_parameters()}
