@@ -303,7 +303,7 @@ class _Joined:
             return Message("lacks", {}, {"run": self.name, "site": self.site, "holds": self.end.version + 1})
         at, _ = self.end.worker.place(self.site, request.job.state_tag)
         share = self.end.worker.setup.method.share
-        model = at.model if at.split.private else share.export(at.model, self.end.worker.replica)
+        model = share.personal(at.model) if at.split.private else share.export(at.model, self.end.worker.replica)
         export_model(model, self.folder / "model", self.recipe, self.end.worker.setup, self.site)
         self._end = None  # an exported model is no longer one that trains
         return Message("finished", {}, {"run": self.name, "site": self.site})

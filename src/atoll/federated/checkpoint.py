@@ -56,7 +56,7 @@ def save(state: RunState, folder: Path, extra: Mapping[str, Any], durable: bool 
         "server": put("server.", state.server),
         "common": message("common.", state.broadcast.common),
         "per_site": {str(s): message(f"site{s}.", m) for s, m in state.broadcast.per_site.items()},
-        "everyone": state.broadcast.everyone,
+        "everyone": state.broadcast.everyone, "asks": state.broadcast.asks,
         "seen": _text_keys(state.seen), "tags": _text_keys(state.tags), "visits": _text_keys(state.visits),
         "history": state.history, "sent": state.sent, "flights": flights, "cohorts": state.cohorts,
         "channels": {str(s): k.hex() for s, k in state.channels.items()},
@@ -108,7 +108,9 @@ def _unpack(saved: Message) -> tuple[RunState, dict[str, Any]]:
         replica=get("replica.", facts["replica"]),
         site_replica=get("site_replica.", facts["site_replica"]),
         server=get("server.", facts["server"]),
-        broadcast=Broadcast(message("common.", facts["common"]), per_site, facts["everyone"]),
+        broadcast=Broadcast(
+            message("common.", facts["common"]), per_site, facts["everyone"], tuple(facts.get("asks", ()))
+        ),
         seen=_int_keys(facts["seen"]), tags=_int_keys(facts["tags"]),
         visits={s: (r, n) for s, (r, n) in _int_keys(facts["visits"]).items()},
         history=[(r, b) for r, b in facts["history"]], sent=facts["sent"], flights=flights,

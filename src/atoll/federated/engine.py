@@ -164,7 +164,8 @@ class Engine:
         started = time.perf_counter()
         self.row, self._sum = Row(s.round), None
         self.row.relayed_bytes = self.down_bytes * m.topology.relays(len(self.sites))
-        drawn = not s.broadcast.everyone and all(i.profile.availability >= 1 for i in self.sites)
+        chosen = not s.broadcast.everyone and not s.broadcast.asks
+        drawn = chosen and all(i.profile.availability >= 1 for i in self.sites)
         replies = _Counted(m.schedule.collect(self))
         context, tags = self.context(), dict(s.tags)
         try:
@@ -248,6 +249,8 @@ class Engine:
         s = self.state
         if s.broadcast.everyone:
             return [i.site for i in self.sites]
+        if s.broadcast.asks:
+            return sorted(s.broadcast.asks)
         return self.method.select.choose(s.round, self.sites, self.setup.seed)
 
     def pick_idle(self, count: int) -> list[int]:

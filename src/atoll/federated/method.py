@@ -76,11 +76,13 @@ class Broadcast:
         common: for all sites; it moves the replica.
         per_site: extra content for single sites, instead of ``common`` in their visit (the replica ignores it).
         everyone: the next round must include every site (e.g. a setup round), whatever ``select`` says.
+        asks: the next round has these sites, whatever ``select`` says; empty: those that it chooses.
     """
 
     common: Message
     per_site: Mapping[int, Message] = field(default_factory=dict)
     everyone: bool = False
+    asks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +205,12 @@ class Share(Protocol):
         copy_(named_tensors(model), replica.get("weights", {}))
         return model
 
-    def exported(self, network: ModelBuilder) -> ModelBuilder:
-        """What builds models with the tensors of an exported one, where ``network`` builds those of the task."""
+    def personal(self, model: nn.Module) -> nn.Module:
+        """A site's own model in the form its own ecosystem loads, where sites keep private tensors."""
+        return model
+
+    def exported(self, network: ModelBuilder, model: nn.Module) -> ModelBuilder:
+        """What builds models with the tensors of ``model``, an exported one, where ``network`` builds the task's."""
         return network
 
 
@@ -447,7 +453,7 @@ class Fleet(Protocol):
     def sites(self) -> Sequence[SiteInfo]: ...
 
     def select(self) -> list[int]:
-        """The sites of this round, by the method's ``select`` (all of them when the broadcast asks for everyone)."""
+        """The sites of this round, by the method's ``select`` (others when the broadcast asks for them)."""
 
     def pick_idle(self, count: int) -> list[int]:
         """Up to ``count`` available sites that have no visit in flight, at random."""
@@ -483,9 +489,11 @@ class Topology(Protocol):
            compose   the method in the parts that this topology needs; called again on its own result, changes nothing
            combine   run the combiner along the links between aggregators
            relays    how many links between aggregators a broadcast passes, besides those to the sites
+           peers     sites merge, and no server does
     """
 
     package: ClassVar[str] = "atoll.federated.topologies"
+    peers: ClassVar[bool] = False
 
     def arrange(self, federation: Any) -> Any:
         return federation

@@ -212,7 +212,8 @@ class Run:
             return personal
         for info in engine.sites if personal else ():
             at, _ = worker.place(info.site, engine.state.tags.get(info.site))
-            export_model(at.model, self.folder / "model" / f"site{info.site}", recipe, setup, info.site)
+            model = engine.method.share.personal(at.model)
+            export_model(model, self.folder / "model" / f"site{info.site}", recipe, setup, info.site)
         return personal
 
 
@@ -221,7 +222,7 @@ def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: i
     task: Any = setup.task
     facts: dict[str, Any] = {"method": setup.method.card.name}
     if hasattr(task, "network"):  # a task of your own may build its model in its own way
-        builder = setup.method.share.exported(network_at(site, task.network, task.site_networks))
+        builder = setup.method.share.exported(network_at(site, task.network, task.site_networks), model)
         facts |= about_model(builder, setup.federation.info, task.outputs, recipe.seed)
     save_model(model, folder, facts)
 

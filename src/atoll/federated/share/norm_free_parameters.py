@@ -38,5 +38,5 @@ class NormFreeParameters(Parameters):
             model.save_pretrained = None  # type: ignore[assignment]  # its class would load with fresh norms
         return model
 
-    def exported(self, network: ModelBuilder) -> ModelBuilder:
+    def exported(self, network: ModelBuilder, model: nn.Module) -> ModelBuilder:
         return NormFree(network.architecture)
