@@ -16,7 +16,7 @@ class Info:
     """What a data set is about.
 
     Attributes:
-        kind: ``"image"``, ``"table"`` or ``"text"``.
+        kind: ``"image"``, ``"table"``, ``"text"`` or ``"graph"`` (rows are nodes; see ``graph.py``).
         shape: of one input row as the model sees it, e.g. ``(1, 28, 28)``, ``(30,)``, ``(64,)`` tokens.
         num_classes: for classification, else None. For text: the size of the vocabulary.
         class_names: what the classes of ``y`` are called, by number (of labelled text too).
@@ -45,6 +45,11 @@ class Info:
     target_mean: float = 0.0
     target_scale: float = 1.0
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Rows say little without each other, as the nodes of a graph: a batch holds all of them, in their order."""
+        return self.kind == "graph"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,10 @@ class Dataset:
         return out
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-        """Batches in row order, for evaluation; memory stays at one batch."""
+        """Batches in row order, for evaluation; memory stays at one batch. Rows that belong together are one batch."""
+        if self.info.whole:
+            yield self.ready(device=device)
+            return
         for at in range(0, len(self), batch_size):
             yield self.ready(torch.arange(at, min(at + batch_size, len(self))), device)
 

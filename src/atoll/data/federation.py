@@ -13,6 +13,7 @@ from atoll.core.errors import DataError
 from atoll.core.streams import numpy_stream
 from atoll.data.columns import check_classes
 from atoll.data.dataset import Dataset, Federation, Info, SiteData
+from atoll.data.graph import with_labels_of
 from atoll.data.heterogeneity import heterogeneity, histogram
 from atoll.data.partition import Partitioner, Rows
 from atoll.data.source import Loaded, Source, fitted
@@ -153,11 +154,13 @@ def _at_most(data: Dataset, limit: int | None, seed: int, purpose: str) -> Datas
 
 
 def _three(data: Dataset, rows: Rows, validation: float, test: float, seed: int, site: int) -> SiteData:
-    """Disjoint training, validation and test rows of one site."""
+    """Disjoint training, validation and test rows of one site; of a graph, all its nodes with disjoint labels."""
     order = numpy_stream(seed, "site parts", site).permutation(rows)
     for_test, for_validation = int(test * len(rows)), int(validation * len(rows))
     cut = for_test + for_validation
     parts = order[cut:], order[for_test:cut], order[:for_test]
+    if data.info.whole:
+        return SiteData(*(with_labels_of(data, np.sort(rows), p) for p in parts))
     return SiteData(*(_rows(data, np.sort(p)) for p in parts))
 
 

@@ -57,7 +57,7 @@ def histogram(sites: Sequence[Dataset], info: Info, tokenizer: Tokenizer | None 
     rows = np.array([len(s) for s in sites])
     first = sites[0].columns
     if "y" in first and not first["y"].is_floating_point():
-        values = [s.column("y").numpy().reshape(-1) for s in sites]
+        values = [y[y >= 0] for y in (s.column("y").numpy().reshape(-1) for s in sites)]  # -1: no label
         size = max(len(info.class_names), 1 + max((int(v.max(initial=0)) for v in values), default=0))
         if info.kind != "text":
             size = max(size, info.num_classes or 0)

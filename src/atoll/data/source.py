@@ -111,7 +111,7 @@ def with_moments(info: Info, mean: Mapping[str, Numbers], variance: Mapping[str,
         scale = np.sqrt(variance[name])
         scale = np.where(scale > 1e-12 * np.abs(m), scale, 1.0)
         pairs[name] = torch.from_numpy(m).float(), torch.from_numpy(scale).float()
-    shape = (-1,) if info.kind == "table" else (-1, 1, 1)
+    shape = (-1,) if info.kind in ("table", "graph") else (-1, 1, 1)
     info = replace(info, mean=pairs["x"][0].view(shape), scale=pairs["x"][1].view(shape))
     if "y" in pairs:
         info = replace(info, target_mean=float(pairs["y"][0]), target_scale=float(pairs["y"][1]))

@@ -149,10 +149,13 @@ class Visit:
 
     def batches(self, size: int, epochs: int = 1) -> Iterator[dict[str, Tensor]]:
         """The training rows in a fresh order each epoch, ``size`` at a time, the last batch as it comes; no batch
-        for a site without rows."""
+        for a site without rows. Rows that belong together (the nodes of a graph) are one batch, whatever ``size``."""
         train, order = self.data.train, self.stream("batches")
         n = len(train)
         if self.dry or not n:
+            return
+        if train.info.whole:
+            yield from itertools.repeat(train.ready(device=self.device), epochs)
             return
         rows = train.ready(device=self.device) if epochs > 1 else None
         for _ in range(epochs):
@@ -167,10 +170,13 @@ class Visit:
                 yield dict(zip(names, columns, strict=True))
 
     def random_batches(self, size: int, steps: int) -> Iterator[dict[str, Tensor]]:
-        """``steps`` batches of ``size`` rows, each drawn without replacement."""
+        """``steps`` batches of ``size`` rows, each drawn without replacement (all rows, where they belong together)."""
         if self.dry:
             return
         rows, order = self.data.train.ready(device=self.device), self.stream("batches")
+        if self.data.train.info.whole:
+            yield from itertools.repeat(rows, steps)
+            return
         n = len(self.data.train)
         for _ in range(steps):
             where = torch.randperm(n, generator=order)[:size].to(self.device)

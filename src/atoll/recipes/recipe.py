@@ -125,8 +125,9 @@ class Recipe:
         """The task, knowing the data and the networks."""
         task: Any = self.task
         if task is None:
-            kind = "language" if info.kind == "text" else "classification" if info.num_classes else "regression"
-            task = Deferred(find("atoll.tasks", kind))
+            kinds = {"text": "language", "graph": "node_classification"}
+            usual = "classification" if info.num_classes else "regression"
+            task = Deferred(find("atoll.tasks", kinds.get(info.kind, usual)))
         if not isinstance(task, Deferred):
             return task  # type: ignore[no-any-return]  # a Python recipe gave a finished task
         name = str(task.builder.__module__.rsplit(".", 1)[-1])
@@ -288,7 +289,7 @@ def recipe_config(recipe: Recipe) -> dict[str, Any]:
     return out
 
 
-PATHS = ("path", "test_path", "images", "labels", "test_images", "test_labels")
+PATHS = ("path", "edges", "test_path", "images", "labels", "test_images", "test_labels")
 """Fields that hold paths."""
 
 

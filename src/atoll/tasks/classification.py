@@ -66,6 +66,8 @@ def num_classes(info: Info) -> int:
     """How many classes ``y`` has. (The ``num_classes`` of text is its vocabulary, so there the names
     count.)
     """
+    if info.kind == "graph":
+        raise DataError(f"The rows of `{info.name}` are nodes of a graph; use `task: node_classification`.")
     count = len(info.class_names) if info.kind == "text" else info.num_classes
     if not count:
         what = "class_names" if info.kind == "text" else "num_classes"

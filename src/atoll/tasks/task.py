@@ -76,9 +76,9 @@ def network_at(site: int | None, network: ModelBuilder, site_networks: tuple[Mod
     return site_networks[site % len(site_networks)]
 
 
-def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
+def outputs_of(model: nn.Module, *inputs: Tensor) -> Tensor:
     """The model's output as a tensor; models of ``transformers`` return an object with ``.logits``."""
-    out: Any = model(x)
+    out: Any = model(*inputs)
     if isinstance(out, Tensor):
         return out
     logits = getattr(out, "logits", None)

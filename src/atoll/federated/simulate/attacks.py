@@ -132,7 +132,8 @@ class LabelFlip(Attack):
         train = visit.data.train
         classes = train.info.num_classes or 2
         columns = {n: train.column(n) for n in train.columns}
-        flipped = replace(train, columns={**columns, "y": classes - 1 - columns["y"]}, rows=None)
+        y = torch.where(columns["y"] < 0, columns["y"], classes - 1 - columns["y"])  # -1: no label
+        flipped = replace(train, columns={**columns, "y": y}, rows=None)
         return replace(visit, data=SiteData(flipped, visit.data.validation, visit.data.test))
 
 
