@@ -1,0 +1,34 @@
+"""Methods that need other data than the digits get it under the same fixtures."""
+
+from __future__ import annotations
+
+import pytest
+
+from atoll.data.federation import make_federation
+from atoll.data.partitions.iid import Iid
+from atoll.data.sources.stochastic_blocks import StochasticBlocks
+from atoll.models.mlp import MLP
+from atoll.tasks.node_classification import NodeClassification
+
+GRAPHS = {"fed_gnodeformer"}
+
+
+def _name(request: pytest.FixtureRequest) -> str:
+    callspec = getattr(request.node, "callspec", None)
+    return str(callspec.params.get("name", "")) if callspec else ""
+
+
+@pytest.fixture(scope="session")
+def blocks():
+    """A random graph of four classes, shared by five sites."""
+    return make_federation(StochasticBlocks(nodes=300, degree=30), Iid(), sites=5, validation=0.0, test=0.2)
+
+
+@pytest.fixture
+def digits_federation(request, digits_federation, blocks):
+    return blocks if _name(request) in GRAPHS else digits_federation
+
+
+@pytest.fixture
+def digits_task(request, digits_task, blocks):
+    return NodeClassification(blocks.info, MLP(hidden=(16,))) if _name(request) in GRAPHS else digits_task
