@@ -1,4 +1,4 @@
-"""All replies of a merge beside each other: for servers that pass on rather than merge."""
+"""All replies of a merge beside each other: for servers that treat each by itself."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from atoll.federated.method import Combine, MergeContext, Reply
 
 @dataclass(frozen=True)
 class KeepApart(Combine):
-    """Part ``i`` holds the tensors of site ``i``, fact ``from`` what each said and its number of examples. Keeps as
-    many models in memory as there are replies."""
+    """Part ``i`` holds the tensors of site ``i``, whose reply has one part; fact ``from`` what each said and its number of
+    examples. Keeps as many models in memory as there are replies."""
 
-    accepts: ClassVar[tuple[str, ...]] = ("letter",)
+    accepts: ClassVar[tuple[str, ...]] = ("letter", "delta")
 
     def combine(self, replies: Iterable[Reply], context: MergeContext) -> Message:
         parts, about = {}, {}
         for reply in replies:
-            parts[str(reply.site)] = clone(reply.message.parts["weights"])
+            (tree,) = reply.message.parts.values()
+            parts[str(reply.site)] = clone(tree)
             about[str(reply.site)] = {**reply.message.facts, "num_samples": reply.num_samples}
         return Message("letters", parts, {"from": about})
