@@ -164,8 +164,7 @@ class Engine:
         started = time.perf_counter()
         self.row, self._sum = Row(s.round), None
         self.row.relayed_bytes = self.down_bytes * m.topology.relays(len(self.sites))
-        chosen = not s.broadcast.everyone and not s.broadcast.asks
-        drawn = chosen and all(i.profile.availability >= 1 for i in self.sites)
+        drawn = not s.broadcast.everyone and not self._asked() and all(i.profile.availability >= 1 for i in self.sites)
         replies = _Counted(m.schedule.collect(self))
         context, tags = self.context(), dict(s.tags)
         try:
@@ -249,9 +248,12 @@ class Engine:
         s = self.state
         if s.broadcast.everyone:
             return [i.site for i in self.sites]
-        if s.broadcast.asks:
-            return sorted(s.broadcast.asks)
-        return self.method.select.choose(s.round, self.sites, self.setup.seed)
+        return self._asked() or self.method.select.choose(s.round, self.sites, self.setup.seed)
+
+    def _asked(self) -> list[int]:
+        """The sites that the broadcast wants, unless they have been asked and nothing came of it."""
+        s = self.state
+        return sorted(s.broadcast.asks) if s.sent == s.round else []
 
     def pick_idle(self, count: int) -> list[int]:
         here = available(self.state.round, self.sites, self.setup.seed)

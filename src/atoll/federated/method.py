@@ -76,7 +76,8 @@ class Broadcast:
         common: for all sites; it moves the replica.
         per_site: extra content for single sites, instead of ``common`` in their visit (the replica ignores it).
         everyone: the next round must include every site (e.g. a setup round), whatever ``select`` says.
-        asks: the next round has these sites, whatever ``select`` says; empty: those that it chooses.
+        asks: the next round has these sites, whatever ``select`` says; it chooses when there are none, or when no
+            merge came of that round.
     """
 
     common: Message
