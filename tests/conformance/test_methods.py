@@ -65,7 +65,8 @@ def test_two_rounds(name, run, world):
     engine = rows[-1].engine
     for tree in engine.state.replica.values():
         assert all(bool(torch.isfinite(t).all()) for t in tree.values())
-    payload = engine.state.broadcast.common.payload_bytes
+    broadcast = engine.state.broadcast
+    payload = broadcast.common.payload_bytes + sum(m.payload_bytes for m in broadcast.per_site.values())
     assert (payload == 0) == (name in TRAVELS_NOT)
 
     again = run(build(name), rounds=2, federation=world)

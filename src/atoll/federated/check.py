@@ -62,7 +62,7 @@ def _kinds(m: Method) -> Iterator[str]:
 
 
 def _at_peers(m: Method) -> Iterator[str]:
-    if m.combine.at_peers:  # gossip would have moved it to the sites
+    if m.combine.at_peers and not m.topology.peers:
         yield (
             f"{name(m.combine)} judges updates by the model and the rows of the site that merges them, and under "
             f"{name(m.topology)} a server merges; use Gossip, or Median instead of {name(m.combine)}."

@@ -12,6 +12,7 @@ from atoll.core.message import Message, encoded_size
 from atoll.federated.combine.fixed_mean import FixedMean
 from atoll.federated.combine.krum import Krum
 from atoll.federated.combine.median import Median
+from atoll.federated.combine.scatter_sum import ScatterSum
 from atoll.federated.combine.weighted_mean import WeightedMean
 from atoll.federated.method import MergeContext, Reply
 from atoll.federated.methods.fedavg import fedavg
@@ -88,11 +89,13 @@ def test_what_inner_links_carry(run, digits_federation):
 
 def test_a_run_ends_with_the_star_s_model_up_to_rounding(run):
     for method in (fedavg(), fedkseed(steps=3, pool=16)):
-        flat = run(method, rounds=2)[-1].engine.state.replica
-        tree = run(method.but(topology=Tree(fan_out=2)), rounds=2)[-1].engine.state.replica
-        for part in flat:
-            for name, t in flat[part].items():
-                torch.testing.assert_close(tree[part][name], t, rtol=1e-4, atol=1e-5)
+        flat = run(method, rounds=2)[-1].engine.state
+        tree = run(method.but(topology=Tree(fan_out=2)), rounds=2)[-1].engine.state
+        for ours, theirs in ((tree.replica, flat.replica), (tree.server, flat.server)):
+            assert ours.keys() == theirs.keys()
+            for part in theirs:
+                for name, t in theirs[part].items():
+                    torch.testing.assert_close(ours[part][name], t, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_holds_one_sum_a_level():
@@ -138,3 +141,19 @@ def test_the_link_says_its_weight():
         for pair in (replies[:2], replies[2:])
     )
     assert carried == expected
+
+
+def test_what_counts_without_weight_does_so_in_a_tree():
+    g = torch.Generator().manual_seed(0)
+    replies = [
+        Reply(i, Message("seed_scalars", {"steps": {
+            "seeds": torch.randint(0, 8, (4,), generator=g, dtype=torch.int32), "scalars": torch.randn(4, generator=g),
+        }}), 3 + i)
+        for i in range(7)
+    ]  # fmt: skip
+    at = MergeContext(0, {"scalars": {"G": torch.zeros(8, dtype=torch.float64)}}, 7, 0, None)
+    flat = Star().combine(ScatterSum(), replies, at)[0].parts["scalars"]
+    tree = Tree(fan_out=2).combine(ScatterSum(), replies, at)[0].parts["scalars"]
+    assert flat["visits"].sum() == 28
+    for name, t in flat.items():
+        torch.testing.assert_close(tree[name], t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, MultipleOf
 
@@ -21,9 +21,10 @@ class Gossip(Topology):
 
     In each round a site mixes its model with the letters of its neighbours by the method's combiner, works, and writes
     to them. The graph is a union of ``degree / 2`` random cycles through all sites: connected, and sites have equally
-    many neighbours (but where cycles share an edge), so that with ``WeightedMean(by="uniform")`` mixing keeps the mean of all models. Letters pass
-    through the server, which reads none; their bytes are counted at both ends. Every site has a model of its own, so
-    there is no global one. Needs memory for one model per site that takes part.
+    many neighbours (but where cycles share an edge), so that with ``WeightedMean(by="uniform")`` mixing keeps the mean
+    of all models. Letters pass through the server, which learns nothing from them itself; their bytes are counted at
+    both ends. Every site has a model of its own, so there is no global one. Needs memory for one model per site that
+    takes part.
 
     Args:
         degree: neighbours of a site; 2 is a ring. With fewer other sites than that, all are neighbours.
@@ -32,6 +33,7 @@ class Gossip(Topology):
 
     degree: Annotated[int, Ge(2), MultipleOf(2)] = 4
     changing: bool = False
+    peers: ClassVar[bool] = True
 
     def neighbours(self, site: int, round: int, num_sites: int, seed: int) -> list[int]:
         """Sites whose letters ``site`` reads, rising: a symmetric relation."""
