@@ -86,7 +86,6 @@ class Engine:
         self.dropped_tags: list[tuple[int, str]] = []
         self.row = Row(0)
         self._sum: SecureRound | None = None
-        self._form: Message | None = None
         self._session = secrets.token_hex(SESSION // 2)
         if state is None:
             self.state = RunState()
@@ -294,10 +293,9 @@ class Engine:
             except AtollError as e:
                 self.row.refuse(site, str(e))
         channels = {i: s.channels[i] for i in sites if i in s.channels}
-        if self._form is None:
-            self._form = workers.local.form(sites[0], len(sites))
+        form = workers.local.form(sites[0], len(sites))  # of this round: a method may have phases
         dry = getattr(workers, "dry", False)
-        self._sum = SecureRound(self.method, self._session, s.round, channels, self._form, dry)
+        self._sum = SecureRound(self.method, self._session, s.round, channels, form, dry)
         self._sum.prepared(self._ask(self._sum.preparing()), self.row.refuse)
         return list(self._sum.cohort.keys), len(channels)
 
