@@ -4,8 +4,8 @@ Assumes  data that is a graph, in which each site knows the edges among its own 
 Sees     each site's update, in which nothing has the size of its graph.
 Departs  a layer's Runge-Kutta steps follow the change that attention and feed-forward make; in the published code the
          change holds the input already, and its third-order branch takes a wrong slope. A node without neighbours has
-         eigenvalue 1. Sites use Adam; the paper's plain gradient descent (0.05, 100 rounds) runs away on some graphs and
-         had learned little on others after 60 rounds. More than 2,000 nodes at a site want ``pairs``.
+         eigenvalue 1. Sites use Adam: plain gradient descent at the paper's 0.05 runs away on some random graphs and
+         stalls on others. More than 2,000 nodes at a site want ``pairs``.
 """
 
 from __future__ import annotations
