@@ -69,7 +69,7 @@ class Summary:
         tokenizer: of text, a digest of what it does.
     """
 
-    kind: Literal["image", "table", "text"]
+    kind: Literal["image", "table", "text", "series"]
     shape: Annotated[tuple[Count, ...], Len(0, 8)]
     dtype: Text
     labelled: bool
@@ -85,6 +85,7 @@ class Summary:
     scale: float | Array = 1.0
     target_mean: float = 0.0
     target_scale: float = 1.0
+    targets: Count = 1
     tokenizer: Text = ""
     skipped: dict[Text, Count] = field(default_factory=dict)
 
@@ -98,7 +99,7 @@ class Summary:
             name=self.name, kind=self.kind, shape=self.shape, num_classes=self.num_classes,
             class_names=self.class_names, feature_names=self.feature_names, categories=dict(self.categories),
             mean=_unpacked(self.mean), scale=_unpacked(self.scale), unit=self.unit, target_mean=self.target_mean,
-            target_scale=self.target_scale, skipped=dict(self.skipped),
+            target_scale=self.target_scale, targets=self.targets, skipped=dict(self.skipped),
         )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def describe(data: SiteData, *, fit: bool, tokenizer: Tokenizer | None = None) -
         kind=kind, shape=tuple(info.shape), dtype=str(columns["x"].dtype), labelled="y" in columns,
         rows=(len(data.train), len(data.validation), len(data.test)), fit=fit, num_classes=info.num_classes,
         class_names=tuple(info.class_names), feature_names=tuple(info.feature_names),
-        categories={c: tuple(kinds) for c, kinds in info.categories.items()}, unit=info.unit,
+        categories={c: tuple(kinds) for c, kinds in info.categories.items()}, unit=info.unit, targets=info.targets,
         tokenizer=identity(tokenizer) if tokenizer is not None else "", skipped=dict(info.skipped), **constants,
     )  # fmt: skip
 
@@ -128,9 +129,10 @@ def read_summary(facts: Facts, who: str) -> Summary:
     s: Summary = _read(Summary, facts, f"The description of the data from {who}")
     lists = (s.class_names, s.feature_names, *s.categories.values())
     fits = all(len(set(names)) == len(names) for names in lists)
-    fits &= not s.feature_names or s.shape == (len(s.feature_names),)
+    fits &= not s.feature_names or s.shape[:1] == (len(s.feature_names),)
     fits &= not s.class_names or s.kind == "text" or s.num_classes == len(s.class_names)
-    fits &= math.prod(s.shape) < 1 << 40 and (s.kind == "text" or len(s.shape) == (1 if s.kind == "table" else 3))
+    dims = {"table": 1, "series": 2, "text": len(s.shape)}.get(s.kind, 3)
+    fits &= math.prod(s.shape) < 1 << 40 and len(s.shape) == dims
     fits &= all({f"{c}={k}" for k in kinds} <= set(s.feature_names) for c, kinds in s.categories.items())
     if not fits:
         raise DataError(f"The description of the data from {who} contradicts itself; run the same version everywhere.")
@@ -142,7 +144,7 @@ def read_summary(facts: Facts, who: str) -> Summary:
 SAME = {
     "kind": "kind of data", "dtype": "type of stored inputs", "unit": "unit of inputs", "labelled": "labelling",
     "fit": "standardisation", "tokenizer": "tokenizer", "mean": "mean of inputs", "scale": "scale of inputs",
-    "target_mean": "mean of the target", "target_scale": "scale of the target",
+    "target_mean": "mean of the target", "target_scale": "scale of the target", "targets": "number of steps to predict",
 }  # fmt: skip
 
 
@@ -172,7 +174,8 @@ def agree(summaries: Mapping[str, Summary], name: str = "data of the sites") -> 
         if (base.num_classes is None) != (s.num_classes is None):
             a, b = (first, site) if s.num_classes is None else (site, first)
             raise DataError(f"Site `{a}` has classes to tell apart, and site `{b}` a number to predict.")
-        if base.shape != s.shape and not (base.feature_names and s.feature_names):
+        named = 1 if base.feature_names and s.feature_names else 0  # the first dimension is then a matter of names
+        if base.shape[named:] != s.shape[named:]:
             raise DataError(
                 f"Inputs of site `{first}` have shape {list(base.shape)}, those of site `{site}` {list(s.shape)}; "
                 "bring them to one (images: `size`)."
@@ -185,7 +188,7 @@ def agree(summaries: Mapping[str, Summary], name: str = "data of the sites") -> 
     return replace(
         base, name=name, rows=(train, validation, test), skipped=skipped, class_names=classes,
         num_classes=len(classes) if classes and base.kind != "text" else base.num_classes, feature_names=features,
-        categories=categories, shape=(len(features),) if features else base.shape,
+        categories=categories, shape=(len(features), *base.shape[1:]) if features else base.shape,
     )  # fmt: skip
 
 
@@ -306,7 +309,7 @@ def _reordered(x: Tensor, own: Info, agreed: Summary) -> Tensor:
     if lacks or odd:
         what = f"lacks the agreed feature `{lacks[0]}`" if lacks else f"has a feature `{odd[0]}` that is not agreed"
         raise DataError(f"`{own.name}` {what}; every owner of rows needs the same features.")
-    zeros = torch.zeros(len(x), 1, dtype=x.dtype)
+    zeros = torch.zeros(len(x), 1, *x.shape[2:], dtype=x.dtype)
     return torch.cat([x, zeros], 1)[:, [place.get(f, -1) for f in agreed.feature_names]]
 
 
@@ -376,7 +379,7 @@ def _sums(moments: source.Moments) -> dict[str, Any]:
 def _sums_of(agreed: Summary, facts: Mapping[str, Facts]) -> dict[str, list[source.Moments]]:
     """By column, what each site sent."""
     names = ("x", "y") if agreed.num_classes is None and agreed.labelled else ("x",)
-    sizes = {"x": agreed.shape[0], "y": 1}
+    sizes = {"x": agreed.shape[0], "y": agreed.targets}
     out: dict[str, list[source.Moments]] = {name: [] for name in names}
     for site, sent in facts.items():
         read: dict[str, Sums] = _read(dict[str, Sums], sent, f"What site `{site}` sent for standardisation")

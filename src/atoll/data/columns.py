@@ -107,7 +107,7 @@ def apply(schema: Schema, columns: Columns, where: str) -> Dataset:
         else:
             names.append(c)
             blocks.append(_numbers(values, c, where)[:, None])
-    out = {"x": torch.cat(blocks, 1)}
+    out = {"x": torch.cat(blocks, 1) if blocks else torch.zeros(len(keep), 0)}
     target = [columns[s.target][i] for i in keep]
     if s.classes is None:
         out["y"] = _numbers(target, s.target, where)

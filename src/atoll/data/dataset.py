@@ -16,8 +16,10 @@ class Info:
     """What a data set is about.
 
     Attributes:
-        kind: ``"image"``, ``"table"``, ``"text"`` or ``"graph"`` (rows are nodes; see ``graph.py``).
-        shape: of one input row as the model sees it, e.g. ``(1, 28, 28)``, ``(30,)``, ``(64,)`` tokens.
+        kind: ``"image"``, ``"table"``, ``"text"``, ``"graph"`` (rows are nodes; see ``graph.py``) or ``"series"`` (rows
+            are windows; see ``windows.py``).
+        shape: of one input row as the model sees it, e.g. ``(1, 28, 28)``, ``(30,)``, ``(64,)`` tokens, ``(4, 28)`` for
+            four channels at 28 times.
         num_classes: for classification, else None. For text: the size of the vocabulary.
         class_names: what the classes of ``y`` are called, by number (of labelled text too).
         categories: of text columns of a table that became one feature per value: those values. The features are
@@ -28,6 +30,7 @@ class Info:
         unit: 1/255 for byte images, else 1.
         target_mean, target_scale: of a regression target in the training rows, in its own unit. ``y`` is
             stored as it is; a task that wants unit variance applies them.
+        targets: numbers to predict per row: of a series, how many steps ahead.
         skipped: rows that could not be read, by reason.
     """
 
@@ -44,6 +47,7 @@ class Info:
     unit: float = 1.0
     target_mean: float = 0.0
     target_scale: float = 1.0
+    targets: int = 1
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -57,7 +61,8 @@ class Dataset:
     """Rows of equal length columns. Storage may be compact (uint8); :meth:`ready` gives what a model takes.
 
     ``columns["x"]`` is the input and ``columns["y"]`` the target (int64 classes or float32 values; absent for
-    unlabelled data and for text, whose input is its own target). Further columns (ids, domains) are allowed.
+    unlabelled data and for text, whose input is its own target). Further columns (ids, domains) are allowed;
+    where there is one named ``held_out``, rows that have 1 there are for tests alone.
     ``rows`` picks rows of the shared columns, so that many sites own one storage.
     """
 

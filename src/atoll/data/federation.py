@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from atoll.core.errors import DataError
 from atoll.core.streams import numpy_stream
@@ -44,14 +45,16 @@ def make_federation(
 ) -> Federation:
     """Load, hold out, share among sites, and split each site's rows in three.
 
-    The common test set is the source's test part, or a fraction held out before sharing. Normalisation that
+    The common test set is the source's test part, or the rows that it names as ``held_out``, or a fraction held out
+    before sharing. Normalisation that
     follows the data is fitted to the sites' training rows alone. Every draw has its own named stream: the
     same arguments give the same federation, and e.g. another ``validation`` moves no row to another site.
 
     Args:
         sites: number of sites; None for as many as the partitioner finds (natural owners).
         otherwise: number of sites where ``sites`` is None and the partitioner finds none.
-        validation, test: fractions of each site's rows, rounded down; at least one row is left to train on.
+        validation, test: fractions of each site's rows, rounded down; at least one row is left to train on. Where the
+            data names rows that are ``held_out``, a site's test rows are those that it owns, whatever ``test`` says.
         public: fraction of the rows that the server keeps; ``federation.public``.
         common_test: fraction held out for all when the source has no test part.
         limit: use at most this many rows of the source's training part, and of its test part, drawn at
@@ -130,19 +133,30 @@ def one_site(loaded: Loaded, site: int, *, seed: int, validation: float, test: f
 def hold_out(loaded: Loaded, *, seed: int, public: float, common_test: float, limit: int | None) -> Pool:
     """Apply ``limit``, and take out the common test rows and the server's rows."""
     train, held = _at_most(loaded.train, limit, seed, "train"), loaded.test
-    if held is None:
-        held, train = _take(train, common_test, seed, "common test")
-    else:
+    if held is not None:
         held = _at_most(held, limit, seed, "test")
+    elif (named := held_out(train)).any():
+        held = _rows(train, np.flatnonzero(named))  # and the sites that own them test themselves on them
+    else:
+        held, train = _take(train, common_test, seed, "common test")
     kept, train = _take(train, public, seed, "public")
     return Pool(train, held, kept if public else None)
 
 
 def _take(data: Dataset, fraction: float, seed: int, purpose: str) -> tuple[Dataset, Dataset]:
-    """A random fraction of the rows, and the others, both in their old order."""
-    order = numpy_stream(seed, purpose).permutation(len(data))
-    cut = round(fraction * len(data))
-    return _rows(data, np.sort(order[:cut])), _rows(data, np.sort(order[cut:]))
+    """A random fraction of the rows that may be trained on, and all others, both in their old order."""
+    held = held_out(data)
+    order = numpy_stream(seed, purpose).permutation(np.flatnonzero(~held))
+    cut = round(fraction * len(order))
+    rest = np.concatenate([order[cut:], np.flatnonzero(held)])
+    return _rows(data, np.sort(order[:cut])), _rows(data, np.sort(rest))
+
+
+def held_out(data: Dataset) -> NDArray[np.bool_]:
+    """Which rows the data set itself keeps for tests, ``[N]``."""
+    if "held_out" not in data.columns:
+        return np.zeros(len(data), dtype=np.bool_)
+    return data.column("held_out").numpy().astype(np.bool_)
 
 
 def _at_most(data: Dataset, limit: int | None, seed: int, purpose: str) -> Dataset:
@@ -155,6 +169,9 @@ def _at_most(data: Dataset, limit: int | None, seed: int, purpose: str) -> Datas
 
 def _three(data: Dataset, rows: Rows, validation: float, test: float, seed: int, site: int) -> SiteData:
     """Disjoint training, validation and test rows of one site; of a graph, all its nodes with disjoint labels."""
+    held = held_out(data)[rows]
+    if held.any():
+        return replace(_three(data, rows[~held], validation, 0.0, seed, site), test=_rows(data, rows[held]))
     order = numpy_stream(seed, "site parts", site).permutation(rows)
     for_test, for_validation = int(test * len(rows)), int(validation * len(rows))
     cut = for_test + for_validation

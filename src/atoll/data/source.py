@@ -57,10 +57,10 @@ class Source(Protocol):
 def fitted(info: Info, rows: Iterable[Dataset]) -> Info:
     """``info`` with mean and scale (and those of a regression target) of the given training rows.
 
-    Tables are standardised feature by feature, images channel by channel. All that is needed from each data set is a
-    count, a sum and a sum of squares, which are added in the order of the data sets: sites that send theirs to each
-    other (``agreement.py``) come to the same bits without showing a row. A constant feature gets scale 1. Rows without
-    a target tell about the inputs alone.
+    Tables are standardised feature by feature, images and series channel by channel. All that is needed from each data
+    set is a count, a sum and a sum of squares, which are added in the order of the data sets: sites that send theirs to
+    each other (``agreement.py``) come to the same bits without showing a row. A constant feature gets scale 1. Rows
+    without a target tell about the inputs alone.
     """
     rows = list(rows)
     names = measured(rows[0]) if rows else ("x",)
@@ -105,13 +105,16 @@ def average(parts: Iterable[Moments]) -> Numbers:
 
 
 def with_moments(info: Info, mean: Mapping[str, Numbers], variance: Mapping[str, Numbers]) -> Info:
-    """``info`` with mean and scale (float32) from those of the columns :func:`measured`."""
+    """``info`` with mean and scale (float32) from those of the columns :func:`measured`; several targets have one."""
     pairs = {}
     for name, m in mean.items():
-        scale = np.sqrt(variance[name])
+        v = variance[name]
+        if name == "y":
+            m, v = m.mean(keepdims=True), v.mean(keepdims=True)
+        scale = np.sqrt(v)
         scale = np.where(scale > 1e-12 * np.abs(m), scale, 1.0)
         pairs[name] = torch.from_numpy(m).float(), torch.from_numpy(scale).float()
-    shape = (-1,) if info.kind in ("table", "graph") else (-1, 1, 1)
+    shape = {"table": (-1,), "graph": (-1,), "series": (-1, 1)}.get(info.kind, (-1, 1, 1))
     info = replace(info, mean=pairs["x"][0].view(shape), scale=pairs["x"][1].view(shape))
     if "y" in pairs:
         info = replace(info, target_mean=float(pairs["y"][0]), target_scale=float(pairs["y"][1]))

@@ -332,7 +332,8 @@ def stand_in(info: Info, rows: tuple[int, int, int]) -> SiteData:
         columns = {"x": torch.zeros((1,) * (1 + len(info.shape)), dtype=kind).expand(count, *info.shape)}
         if info.kind != "text" or info.class_names:
             target = torch.int64 if info.num_classes is not None else torch.float32
-            columns["y"] = torch.zeros(1, dtype=target).expand(count)
+            several = (info.targets,) if info.targets > 1 else ()
+            columns["y"] = torch.zeros((1,) * (1 + len(several)), dtype=target).expand(count, *several)
         return Dataset(columns, info)
 
     return SiteData(*(part(n) for n in rows))

@@ -125,7 +125,8 @@ class Recipe:
         """The task, knowing the data and the networks."""
         task: Any = self.task
         if task is None:
-            kinds = {"text": "language", "graph": "node_classification"}
+            of_series = "anomaly_detection" if info.num_classes else "forecasting"
+            kinds = {"text": "language", "graph": "node_classification", "series": of_series}
             usual = "classification" if info.num_classes else "regression"
             task = Deferred(find("atoll.tasks", kinds.get(info.kind, usual)))
         if not isinstance(task, Deferred):
