@@ -18,16 +18,28 @@ import atoll.federated.methods
 from atoll.core.errors import RecipeError
 from atoll.core.message import encoded_size
 from atoll.core.tree import equal
+from atoll.federated.backends.inline import Inline
+from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.check import problems_of
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.method import Method
 from atoll.federated.schedules.buffered import Buffered
+from atoll.federated.select.uniform import Uniform
+from atoll.federated.topologies.gossip import Gossip
+from atoll.federated.topologies.tree import Tree
 from atoll.federated.visit import Job
 
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fed_hh": {"column": "y", "test_seed": 1, "allow_insecure_test_seed": True},  # its noise would differ in each run
     "fedkseed": {"steps": 5, "pool": 64},  # 200 steps of two forward passes say no more here
 }
+PAIRS: dict[str, dict[str, object]] = {
+    "codec": {"uplink": (Quantise(bits=8),)},
+    "schedule": {"schedule": Buffered(k=3)},
+    "tree": {"topology": Tree(fan_out=2)},
+    "gossip": {"topology": Gossip(degree=4)},
+}
+WORDS = {"codec": "Quantise", "schedule": "Buffered", "tree": "Tree", "gossip": "Gossip|Peers"}
 TRAVELS_NOT = {"local_only"}
 # How many rows pass a filter, or prefixes are frequent, depends on the data: a dry visit sends the most it may be.
 AT_MOST = {"edgefd", "fed_hh"}
@@ -96,19 +108,28 @@ def test_a_dry_visit_has_the_size_of_a_real_one(name, run, world):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "part", [{"schedule": Buffered(k=3)}, {"uplink": (Quantise(bits=8),)}], ids=["buffered", "quantised"]
-)
-def test_it_composes_or_is_refused_with_a_sentence(name, part, run, world):
-    made = build(name).but(**part)
+@pytest.mark.parametrize("part", PAIRS)
+def test_it_composes_with_the_same_bits_in_the_pool_or_is_refused(name, part, run, world):
+    """Each method with one other part and some of its sites, on two backends."""
+    made = build(name).but(**PAIRS[part])
     if problems_of(made):
-        with pytest.raises(RecipeError, match=r"Buffered|Quantise"):
+        with pytest.raises(RecipeError, match=WORDS[part]):
             run(made, rounds=1, federation=world)
         return
-    rows = run(made, rounds=2, federation=world)
-    for row in rows:
-        assert row.refused == {}
-        assert row.notes == []
+    if made.schedule.synchronous and name != "centralised":
+        made = made.but(select=Uniform(count=4))
+    ends = []
+    for backend in (Inline(), ProcessPool(workers=2)):
+        rows = run(made, rounds=2, federation=world, backend=backend)
+        for row in rows:
+            assert row.refused == {}
+            assert row.notes == []
+        ends.append((trace(rows), rows[-1].engine.state))
+    (said, state), (said_, state_) = ends
+    assert said == said_
+    for mine, theirs in ((state.replica, state_.replica), (state.server, state_.server)):
+        assert mine.keys() == theirs.keys()
+        assert all(equal(mine[p], theirs[p]) for p in mine)
 
 
 @pytest.mark.parametrize("name", NAMES)

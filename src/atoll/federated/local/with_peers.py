@@ -53,11 +53,11 @@ class WithPeers(LocalWork):
             return
 
         def reply(peer: int) -> Reply:
-            delta = zeros_like(own) if peer == me else sub(letters.parts[str(peer)], own)
+            delta = zeros_like(own) if peer == me else sub(letters.parts.get(str(peer), {}), own)
             return Reply(peer, Message("delta", {"delta": delta}, facts[peer]), int(facts[peer]["num_samples"]))
 
         combined = self.combine.combine((reply(peer) for peer in sorted(facts)), self._context(own, visit))
-        add_(own, combined.parts["delta"])
+        add_(own, combined.parts.get("delta", {}))
 
     def _context(self, own: Tree, visit: Visit) -> MergeContext:
         rows: Any = visit.data.validation if len(visit.data.validation) else visit.data.train
