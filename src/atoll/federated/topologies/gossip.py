@@ -7,12 +7,31 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, MultipleOf
 
+from atoll.core.card import Card, Cite
 from atoll.core.streams import numpy_stream
 from atoll.federated.combine.keep_apart import KeepApart
 from atoll.federated.local.with_peers import WithPeers
 from atoll.federated.method import Method, Topology
 from atoll.federated.server.relay import Relay
 from atoll.federated.share.letters import Letters
+
+CARD = Card(
+    name="gossip",
+    area="topology",
+    summary="sites mix their models with those of a few neighbours; no server learns",
+    cites=(
+        Cite(
+            authors="Xiangru Lian, Ce Zhang, Huan Zhang, Cho-Jui Hsieh, Wei Zhang, Ji Liu",
+            year=2017,
+            title="Can Decentralized Algorithms Outperform Centralized Algorithms? A Case Study for Decentralized "
+            "Parallel Stochastic Gradient Descent",
+            arxiv="1705.09056",
+            venue="NeurIPS",
+        ),
+    ),
+    server_sees="every letter on its way to the neighbours",
+    suits=("no server", "a model per site"),
+)
 
 
 @dataclass(frozen=True)

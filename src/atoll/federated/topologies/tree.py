@@ -10,13 +10,33 @@ from typing import Annotated
 from annotated_types import Ge
 
 from atoll.core import tree as tensors
+from atoll.core.card import Card, Cite
 from atoll.core.message import Message, encoded_size
 from atoll.federated.method import Combine, MergeContext, Method, Reply, Topology
+
+CARD = Card(
+    name="tree",
+    area="topology",
+    summary="aggregators between sites and server merge what their children send",
+    cites=(
+        Cite(
+            authors="Lumin Liu, Jun Zhang, S.H. Song, Khaled B. Letaief",
+            year=2019,
+            title="Client-Edge-Cloud Hierarchical Federated Learning",
+            arxiv="1905.06641",
+            venue="ICC",
+        ),
+    ),
+    server_sees="what the uppermost aggregators send; each aggregator sees its children's messages",
+    suits=("many sites",),
+)
 
 
 @dataclass(frozen=True)
 class Tree(Topology):
-    """Sites ``0 .. fan_out - 1`` report to the first aggregator, the next ones to the second, and so on; above the
+    """Hierarchical aggregation (Liu et al., 2019, arXiv 1905.06641), with one merge a round on every level.
+
+    Sites ``0 .. fan_out - 1`` report to the first aggregator, the next ones to the second, and so on; above the
     lowest level, ``fan_out`` aggregators report to one, until as many are left as report to the server.
 
     A sum travels as a sum and its weight, so that a mean is the star's mean up to rounding. Other combiners are used
