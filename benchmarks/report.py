@@ -62,7 +62,24 @@ def simulation(record: dict[str, Any], name: str) -> str:
                 f"{mid['start_up_s']:.2f} | {peak} | {accuracy:.4f}{note} |"
             )
     about = f"{record['repetitions']} repetitions of {record['rounds']} rounds after a warm-up. {where(record, name)}"
-    return "\n".join(["### A round of federated averaging", "", about, "", *rows])
+    return "\n".join(["### A round of federated averaging", "", about, "", *rows, *against_flower(runs)])
+
+
+def against_flower(runs: list[dict[str, Any]]) -> list[str]:
+    """How many of an arm's rounds fit into one of Flower's, within a repetition."""
+    timed = {(r["model"], r["repetition"], r["arm"]): r for r in runs if "error" not in r and not r["memory_run"]}
+    out = []
+    for model in MODELS:
+        for arm in ("products alone", "inline", "products alone, pool", "pool"):
+            times = [
+                timed[m, i, "flower"]["round_s"] / r["round_s"]
+                for (m, i, a), r in timed.items()
+                if m == model and a == arm and (m, i, "flower") in timed
+            ]
+            if times:
+                mid, least, most = spread(times)
+                out.append(f"{model}, {arm} {mid:.1f} [{least:.1f}-{most:.1f}]")
+    return ["", "Rounds in the time of one of Flower's: " + "; ".join(out) + "."] if out else []
 
 
 def combine(record: dict[str, Any], name: str) -> str:
