@@ -8,8 +8,10 @@ from torch import nn
 
 from atoll.core.message import Message
 from atoll.core.tree import Parts
+from atoll.data.dataset import Info
 from atoll.federated.method import Share, SiteInfo, Split, expect_like, expect_only
 from atoll.federated.visit import SiteModel
+from atoll.models.model import ModelBuilder
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Letters(Share):
     def prepare(self, model: nn.Module, site: SiteInfo | None) -> nn.Module:
         return self.of.prepare(model, site)
 
+    def prepare_for(self, model: nn.Module, site: SiteInfo | None, rows: Info) -> nn.Module:
+        return self.of.prepare_for(model, site, rows)
+
     def prepare_key(self, site: SiteInfo | None) -> object:
         return self.of.prepare_key(site)
 
@@ -42,6 +47,12 @@ class Letters(Share):
 
     def install(self, at: SiteModel, replica: Parts) -> None:
         """Nothing: the site's own tensors are the model."""
+
+    def personal(self, model: nn.Module) -> nn.Module:
+        return self.of.personal(model)
+
+    def exported(self, network: ModelBuilder, model: nn.Module) -> ModelBuilder:
+        return self.of.exported(network, model)
 
     def check(self, reply: Message, replica: Parts) -> None:
         expect_only(reply, "weights")
