@@ -453,7 +453,7 @@ def _print_plan(p: Plan, here: bool = True) -> None:
     if here:
         print(f"        about {p.seconds:.1f} s and {words.size(p.memory_bytes)} of memory on this machine")
     if p.epsilon is not None:
-        print(f"        privacy: epsilon {p.epsilon:.3g} at delta {p.delta:.3g}, per site")
+        print(f"        privacy: epsilon {p.epsilon:.3g} at delta {p.delta:.3g}, per {p.privacy_unit}")
     for why in p.refused:
         print(f"        will be refused: {why}")
 
@@ -470,7 +470,8 @@ def _print_summary(s: dict[str, Any]) -> None:
     up, down = words.size(s["up_bytes"]), words.size(s["down_bytes"])
     print(f"        {up} up, {down} down{inner}; {s['refused']} replies refused")
     if s["epsilon"] is not None:
-        print(f"        privacy spent: epsilon {s['epsilon']:.3g} at delta {s['delta']:.3g}, per site")
+        unit = s.get("privacy_unit", "site")
+        print(f"        privacy spent: epsilon {s['epsilon']:.3g} at delta {s['delta']:.3g}, per {unit}")
 
 
 def _show_run(folder: Path, summary: dict[str, Any] | None, as_json: bool) -> None:

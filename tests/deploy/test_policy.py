@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from atoll.deploy.policy import (
 )
 from atoll.federated.codecs.clip import Clip
 from atoll.federated.codecs.gaussian_noise import GaussianNoise
+from atoll.federated.codecs.rqm import Rqm
 from atoll.federated.method import Codec, Method
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.privacy import privacy_event
@@ -159,6 +161,26 @@ def noisy(*codecs: Codec, select: Uniform | Poisson = Uniform(count=2)) -> Metho
 
 
 CLIP, SPLIT, WHOLE = Clip(1.0), GaussianNoise(4.0, 1.0), GaussianNoise(4.0, 1.0, split=False)
+
+
+def test_noise_that_is_not_gaussian_counts_in_the_book_too(tmp_path: Path) -> None:
+    """Of a single message with ``trust: nobody``; of the cohort's sum otherwise, where that is what it promises."""
+    by_itself, summed = noisy(Rqm(clip=1.0, dimension=3)), noisy(Rqm(clip=1.0, dimension=3, summed=True))
+    alone = participation(Policy(), by_itself, 4, 10)
+    assert alone == privacy_event(by_itself, 4, 4, True, 10)
+    assert participation(Policy(), summed, 4, 10).renyi == alone.renyi
+    assert participation(Policy(trust="sum"), summed, 4, 10) == privacy_event(summed, 4, 4, True, 10)
+    cost = epsilon((alone,), 1e-5)
+    policy, meter = (
+        Policy(delta=1e-5, epsilon_per_day=epsilon((replace(alone, count=2),), 1e-5) * 1.001),
+        Meter(tmp_path / "book"),
+    )
+    assert cost > 0
+    for _ in range(2):
+        assert meter.book(policy, 10, alone) is None
+    again = Meter(tmp_path / "book")  # from the file
+    assert [e.count for e in again.today().events] == [2]
+    assert "spends at most" in str(again.book(policy, 10, alone))
 
 
 def test_trust_decides_what_a_reply_costs() -> None:

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -270,6 +270,8 @@ def participation(policy: Policy, method: Method, cohort: int, sites: int) -> Ev
     if meant is not None and (not bounds or min(bounds) > meant):
         return Event(0.0)
     everyone = Sampling("fixed", sites, sites)  # others hold other data: this site's is replaced, not removed
+    if renyi := codec.renyi(cohort if codec.needs_sum and policy.trust != "nobody" else 1):
+        return Event(0.0, everyone, renyi=renyi if math.isfinite(max(renyi)) else ())
     if not codec.needs_sum:
         return Event(codec.noise, everyone)
     if policy.trust == "nobody":
@@ -282,9 +284,9 @@ def participation(policy: Policy, method: Method, cohort: int, sites: int) -> Ev
 
 def spent(policy: Policy, event: Event, rounds: int) -> tuple[float, float] | None:
     """Epsilon of one reply and of ``rounds`` at the policy's delta; None when nothing is hidden."""
-    if event.multiplier == 0:
+    if event.bare:
         return None
-    return epsilon((event,), policy.delta), epsilon((Event(event.multiplier, event.sampling, rounds),), policy.delta)
+    return epsilon((event,), policy.delta), epsilon((replace(event, count=rounds),), policy.delta)
 
 
 # ------------------------------------------------------------------------------------------- the book
@@ -386,7 +388,8 @@ class Meter:
             e = json.loads(line)
             event, size = e["event"], e["bytes"]
             if event is not None:
-                event = Event(float(event["multiplier"]), Sampling(**event["sampling"]), _count(event["count"]))
+                renyi = tuple(float(d) for d in event["renyi"])
+                event = Event(float(event["multiplier"]), Sampling(**event["sampling"]), _count(event["count"]), renyi)
                 if not 0 <= event.multiplier < math.inf:
                     raise ValueError("multiplier")
             return date.fromisoformat(e["day"]).isoformat(), _count(size), event
@@ -417,8 +420,8 @@ def _with(events: tuple[Event, ...], new: Event | None) -> tuple[Event, ...]:
     if new is None:
         return events
     for i, e in enumerate(events):
-        if (e.multiplier, e.sampling) == (new.multiplier, new.sampling):
-            return (*events[:i], Event(e.multiplier, e.sampling, e.count + new.count), *events[i + 1 :])
+        if replace(e, count=new.count) == new:
+            return (*events[:i], replace(e, count=e.count + new.count), *events[i + 1 :])
     return (*events, new)
 
 
@@ -431,12 +434,12 @@ def _over(policy: Policy, day: Day, size: int, event: Event | None) -> str | Non
         )
     if policy.epsilon_per_day is None or event is None:
         return None
-    if event.multiplier == 0:
+    if event.bare:
         return (
             "The method adds no noise that this site can count on, and the site has an epsilon budget. Add `clip` and "
             "`gaussian_noise` to `uplink`."
         )
-    if any(e.multiplier == 0 for e in day.events):
+    if any(e.bare for e in day.events):
         return "Something left this site without noise today, so its epsilon budget for the day is spent."
     try:
         spent = epsilon(_with(day.events, event), policy.delta)

@@ -46,6 +46,11 @@ def privacy_ledger(method: Method, cohorts: Iterable[tuple[int, int, bool]], num
     return ledger
 
 
+def unit_of(method: Method) -> str:
+    """Whose data an epsilon of the ledger is about: all of a ``"site"``, or each ``"row"`` where it is hidden there."""
+    return "site" if method.local.epsilon is None else "row"
+
+
 def spent(
     method: Method, cohorts: Iterable[tuple[int, int, bool]], num_sites: int, delta: float | None = None
 ) -> float | None:

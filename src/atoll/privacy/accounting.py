@@ -80,6 +80,11 @@ class Event:
         if self.renyi and (len(self.renyi) != len(ORDERS) or not min(self.renyi) >= 0):
             raise AtollError(f"A merge has a Renyi divergence >= 0 at each of {len(ORDERS)} orders, or none.")
 
+    @property
+    def bare(self) -> bool:
+        """No noise of any kind hides what was released."""
+        return self.multiplier == 0 and not self.renyi
+
 
 def effective_multiplier(multiplier: float, replies: int, asked: int) -> float:
     """The multiplier of a sum that lacks some replies: ``multiplier * sqrt(replies / asked)``.

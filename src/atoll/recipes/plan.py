@@ -23,6 +23,7 @@ from atoll.federated import checkpoint
 from atoll.federated.backends.inline import InlineWorkers
 from atoll.federated.check import check_method
 from atoll.federated.engine import Engine
+from atoll.federated.privacy import spent, unit_of
 from atoll.federated.secure import rehearsal
 from atoll.federated.secure.site import blank
 from atoll.federated.visit import Job, Outcome, Setup
@@ -52,7 +53,7 @@ class Plan:
         virtual_seconds: on the devices' clock.
         seconds: on this machine, from one timed visit.
         memory_bytes: peak of this machine's processes.
-        epsilon, delta: of the privacy ledger; None without noise.
+        epsilon, delta: of the privacy ledger, for one ``privacy_unit``; None without noise.
         sites, per_round: in the federation, and visits of the first merge.
         refused: why replies will be refused, as far as that was foreseen (the first few reasons).
         parameters: of the global model.
@@ -76,6 +77,7 @@ class Plan:
     at_most: bool
     refused: tuple[str, ...] = ()
     relayed_bytes: int = 0
+    privacy_unit: str = "site"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -165,6 +167,7 @@ def make_plan(setup: Setup, rounds: int, *, workers: int = 1, evaluations: int =
             virtual_seconds=engine.state.now * scale, seconds=seconds, memory_bytes=memory, epsilon=epsilon,
             delta=delta, exact=done == rounds, foreseen=done, at_most=setup.method.local.data_dependent_size,
             refused=tuple(refused)[:FEW], relayed_bytes=round(relayed * scale),
+            privacy_unit=unit_of(setup.method),
         )  # fmt: skip
     finally:
         dry.close()
@@ -215,8 +218,6 @@ def _evaluating(setup: Setup, engine: Engine) -> float:
 
 
 def _epsilon(engine: Engine, scale: float, delta: float | None) -> float | None:
-    from atoll.federated.privacy import spent
-
     foreseen = engine.state.cohorts
     rounds = round(len(foreseen) * scale)
     cohorts = list(itertools.islice(itertools.cycle(foreseen), min(rounds, MOST_ACCOUNTED)))

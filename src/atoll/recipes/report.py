@@ -124,7 +124,7 @@ def _verdict(r: Record) -> list[str]:
     said.append(f"<b>{size(r.total('up'))}</b> went up from the sites and <b>{size(r.total('down'))}</b> came down.")
     epsilon = _epsilon(r)
     if epsilon is not None:
-        said.append(f"The privacy spent is <b>epsilon {plain(epsilon, 3)}</b>{_at_delta(r)}, per site.")
+        said.append(f"The privacy spent is <b>epsilon {plain(epsilon, 3)}</b>{_at_delta(r)}, per {_unit(r)}.")
     refused = int(r.total("refused"))
     were = "was" if refused == 1 else "were"
     said.append(f"<b>{some(refused, 'reply')}</b> {were} refused." if refused else "No reply was refused.")
@@ -176,9 +176,13 @@ def _epsilon(r: Record) -> float | None:
 
 
 def _at_delta(r: Record) -> str:
-    sources = ((r.end or {}).get("delta"), r.config.get("delta"), r.plan.get("delta"))
+    sources = ((r.end or {}).get("delta"), r.plan.get("delta"), r.config.get("delta"))
     delta = next((d for d in map(number, sources) if math.isfinite(d)), None)
     return f" at delta {plain(delta, 3)}" if delta is not None else ""
+
+
+def _unit(r: Record) -> str:
+    return str((r.end or r.plan).get("privacy_unit", "site"))
 
 
 def _part_name(part: Any) -> str:
@@ -211,7 +215,7 @@ def _tiles(r: Record) -> str:
         here = f"virtual; {duration(_seconds(r))} on this machine"
         tiles.append(("device time", duration(r.merges[-1].time), here))
     if epsilon is not None:
-        tiles.append(("privacy spent", f"epsilon {plain(epsilon, 3)}", f"{_at_delta(r).strip()}, per site"))
+        tiles.append(("privacy spent", f"epsilon {plain(epsilon, 3)}", f"{_at_delta(r).strip()}, per {_unit(r)}"))
     else:
         tiles.append(("replies refused", refused, f"of {count(_visits(r))}"))
     return '<dl class="tiles">\n' + "".join(_tile(*t) for t in tiles) + "</dl>"
@@ -599,7 +603,8 @@ def _merge(method: Method) -> str:
 def _privacy(r: Record) -> str:
     epsilon = _epsilon(r)
     if epsilon is not None:
-        return f"epsilon {plain(epsilon, 3)}{_at_delta(r)}, for all rows of a site together"
+        whose = "for each row" if _unit(r) == "row" else "for all rows of a site together"
+        return f"epsilon {plain(epsilon, 3)}{_at_delta(r)}, {whose}"
     return "no noise was added, so there is no formal guarantee"
 
 

@@ -23,7 +23,7 @@ from atoll.federated.check import check_method
 from atoll.federated.engine import Engine
 from atoll.federated.ledger import Row
 from atoll.federated.method import Backend
-from atoll.federated.privacy import spent
+from atoll.federated.privacy import spent, unit_of
 from atoll.federated.visit import Setup
 from atoll.models.export import about_model, save_model
 from atoll.recipes.plan import Plan, make_plan
@@ -43,6 +43,8 @@ class Prepared:
 
     @property
     def delta(self) -> float:
+        if self.setup.method.local.epsilon is not None:
+            return 0.0  # each row was hidden by itself, without a delta
         return self.recipe.delta or 0.1 / len(self.setup.federation.sites)
 
 
@@ -194,6 +196,7 @@ class Run:
             "event": FINISHED, "at": _now(), "rounds": engine.state.round, "metrics": dict(last["metrics"]), **totals,
             "virtual_seconds": engine.state.now, "seconds": seconds, "memory_bytes": memory, "refused": refused,
             "epsilon": last.get("epsilon"), "delta": self.prepared.delta if "epsilon" in last else None,
+            "privacy_unit": unit_of(self.prepared.setup.method),
             "personal": personal, "replies": sum(replies for replies, *_ in engine.state.cohorts),
         }  # fmt: skip
         self._append(summary)

@@ -63,6 +63,10 @@ class Hostile(LocalWork):
     def data_dependent_size(self) -> bool:
         return self.inner.data_dependent_size
 
+    @property
+    def epsilon(self) -> float | None:
+        return self.inner.epsilon
+
     def run(self, visit: Visit) -> Result:
         if visit.site.site not in self.sites:
             return self.inner.run(visit)
