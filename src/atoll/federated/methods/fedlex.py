@@ -36,7 +36,7 @@ CARD = Card(
     summary="scouts train alone once; how far each parameter went scales its gradients from then on",
     cites=(
         Cite(
-            authors="Christian Interno, Markus Olhofer, Yaochu Jin, Barbara Hammer",
+            authors="Christian Internò, Markus Olhofer, Yaochu Jin, Barbara Hammer",
             year=2024,
             title="Federated Loss Exploration for Improved Convergence on Non-IID Data",
             venue="IJCNN",

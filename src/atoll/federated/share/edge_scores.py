@@ -26,6 +26,7 @@ from atoll.core.tree import Parts, named_tensors
 from atoll.federated.method import Share, SiteInfo, Split, expect_like
 from atoll.federated.visit import SiteModel
 from atoll.models.baking import bake
+from atoll.models.masks import straight_through
 
 SCORE = "parametrizations.weight.original"
 """How torch names the trainable tensor behind a parametrised weight."""
@@ -52,7 +53,7 @@ class KeepTop(nn.Module):
         fixed = scores.detach()
         unused = scores.numel() - self.keep
         mask = fixed > fixed.flatten().kthvalue(unused).values if unused else torch.ones_like(fixed)
-        return self.constants * (mask + (scores - fixed))  # the bracket is zero and carries the gradient
+        return self.constants * straight_through(mask, scores)
 
 
 @dataclass(frozen=True)
