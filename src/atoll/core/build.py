@@ -105,10 +105,9 @@ class Parameter:
 
 def parameters(builder: Builder) -> dict[str, Parameter]:
     """The arguments of a builder with their full annotations and the line that its docstring gives them."""
-    hints = typing.get_type_hints(
-        builder.__init__ if inspect.isclass(builder) else builder,
-        include_extras=True,
-    )
+    # A dataclass's own hints are read where each field was written; those of its __init__ know its own module alone.
+    plain_class = inspect.isclass(builder) and not dataclasses.is_dataclass(builder)
+    hints = typing.get_type_hints(builder.__init__ if plain_class else builder, include_extras=True)
     helps = _argument_help(inspect.getdoc(builder) or "")
     defaults = {}
     if dataclasses.is_dataclass(builder):
@@ -294,25 +293,30 @@ def _name(builder: Any) -> str:
 # ------------------------------------------------------------------------------------------- schema
 
 
-def schema(annotation: Any, depth: int = 6) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what :meth:`Reader.read` accepts for an annotation."""
+def schema(annotation: Any, inside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of what :meth:`Reader.read` accepts for an annotation.
+
+    Args:
+        inside: packages of the parts that this is a part of. A source of a source (of a source) may be anything: every
+            further level would multiply the schema by the sources that have one.
+    """
     plain = _bare(annotation)
     if isinstance(plain, types.UnionType) or typing.get_origin(plain) is typing.Union:
         if any(_buildable(_bare(c)) or _several(_bare(c)) for c in typing.get_args(plain)):
-            return {"anyOf": [schema(c, depth) for c in typing.get_args(plain)]}
+            return {"anyOf": [schema(c, inside) for c in typing.get_args(plain)]}
     elif _several(plain):
-        return {"type": "array", "items": schema(typing.get_args(plain)[0], depth)}
+        return {"type": "array", "items": schema(typing.get_args(plain)[0], inside)}
     elif _buildable(plain):
         package = getattr(plain, "package", None)
         if package is None:
-            return _object(plain, frozenset(), depth)
-        if depth == 0:
+            return _object(plain, frozenset(), inside)
+        if inside.count(package) == 2:
             return {}
         later: frozenset[str] = getattr(plain, "later", frozenset())
         return {
             "anyOf": [
                 {"enum": names_in(package, plain)},
-                *(_object(find(package, n), later, depth - 1, n) for n in names_in(package, plain)),
+                *(_object(find(package, n), later, (*inside, package), n) for n in names_in(package, plain)),
             ]
         }
     from pydantic import ConfigDict, TypeAdapter
@@ -325,13 +329,13 @@ def schema(annotation: Any, depth: int = 6) -> dict[str, Any]:
         return {}  # a Python object: only a recipe function can give it
 
 
-def _object(builder: Builder, later: frozenset[str], depth: int, name: str = "") -> dict[str, Any]:
+def _object(builder: Builder, later: frozenset[str], inside: tuple[str, ...], name: str = "") -> dict[str, Any]:
     properties: dict[str, Any] = {"name": {"const": name}} if name else {}
     required = ["name"] if name else []
     for p in parameters(builder).values():
         if p.name in later:
             continue
-        entry = schema(p.annotation, depth)
+        entry = schema(p.annotation, inside)
         if p.help:
             entry = {**entry, "description": p.help}
         if not p.required:
