@@ -8,9 +8,9 @@ Shapes   N updates, D numbers each; g_0 is the server's own update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from atoll.core.errors import AtollError
 from atoll.core.message import Message
 from atoll.core.tree import Tree, clone, copy_, named_tensors, pick, sub
 from atoll.federated.combine._rows import CHUNK, Rows, rows_of, vector_of
-from atoll.federated.local.local_sgd import train
 from atoll.federated.local.training import Training
 from atoll.federated.method import Combine, MergeContext, Reply
+from atoll.federated.public import train_on_public
 
 CARD = Card(
     name="fltrust",
@@ -89,17 +89,5 @@ def root_update(training: Training, context: MergeContext, like: Message) -> Ten
         raise AtollError("FLTrust compares plain weight updates (one part, `delta`, of the model's own tensors).")
     copy_(tensors, start)
     before: Tree = clone(pick(tensors, like.parts["delta"]))
-    if not context.dry:
-        model.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.stream("fltrust", "global").initial_seed())  # dropout and the like
-            train(context.task, model, batches(training, context), training, training.lr_at(context.round))
+    train_on_public(model, training, context, "fltrust")
     return vector_of(Message("delta", {"delta": sub(pick(tensors, before), before)}), like, site=-1)
-
-
-def batches(training: Training, context: MergeContext) -> Iterator[Any]:
-    """The public rows in a fresh order each epoch."""
-    order = context.stream("fltrust")
-    for _ in range(training.epochs):
-        for rows in torch.randperm(len(context.public), generator=order).split(training.batch_size):
-            yield context.public.ready(rows)
