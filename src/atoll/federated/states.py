@@ -54,7 +54,7 @@ class FileStates:
 
     def __init__(self, folder: Path, durable: bool = False) -> None:
         self.folder, self.durable = folder, durable
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what sites keep to themselves is in it
 
     def path(self, site: int, tag: str) -> Path:
         return self.folder / f"site{site}.{tag}.safetensors"
