@@ -94,9 +94,7 @@ class GraphFiles(Source):
         for row, pair in enumerate(zip(*both, strict=True), 1):
             for name in pair:
                 if name not in position:
-                    raise DataError(
-                        f"Edge {row} of {listed} names the node {name[:40]!r}, which {where} does not have."
-                    )
+                    raise DataError(f"Edge {row} of {listed} names node {name[:40]!r}, which {where} does not have.")
         ends = np.array([[position[n] for n in side] for side in both], dtype=np.int64).T
         a, b = ends.min(1), ends.max(1)
         return ends, len(ends) - len(np.unique((a * len(names) + b)[a != b]))
