@@ -25,7 +25,7 @@ class Regression(Task):
         info: of the data.
         network: the model of every site (and the server).
         site_networks: where sites have different hardware: site i gets ``site_networks[i % len]``.
-        targets: numbers to predict per row.
+        targets: numbers to predict per row; None: as many as the data says.
         error: ``"squared"``: e^2; ``"huber"``: e^2 / 2 up to ``delta``, then delta (|e| - delta / 2), so that
             outliers pull with bounded force (Huber, 1964).
         delta: where Huber's error turns linear, in units of the loss.
@@ -36,7 +36,7 @@ class Regression(Task):
     info: Info
     network: ModelBuilder = MLP()
     site_networks: tuple[ModelBuilder, ...] = ()
-    targets: Annotated[int, Ge(1)] = 1
+    targets: Annotated[int, Ge(1)] | None = None
     error: Literal["squared", "huber"] = "squared"
     delta: Annotated[float, Gt(0)] = 1.0
     standardise: bool = True
@@ -45,7 +45,7 @@ class Regression(Task):
 
     @property
     def outputs(self) -> int:
-        return self.targets
+        return self.targets or self.info.targets
 
     def model(self, seed: int, site: int | None = None) -> nn.Module:
         return build_model(self.model_key(site), self.info, self.outputs, seed)
@@ -55,7 +55,7 @@ class Regression(Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Values in the units of ``y``, ``[B, targets]``."""
-        out, (center, scale) = outputs_of(model, batch["x"]), self._units()
+        out, (center, scale) = self._output(model, batch), self._units()
         return out if (center, scale) == (0.0, 1.0) else out * scale + center
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -65,7 +65,7 @@ class Regression(Task):
         return self._error(model, batch, "mean")
 
     def _error(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
-        out, y = outputs_of(model, batch["x"]), _columns(batch["y"])
+        out, y = self._output(model, batch), _columns(batch["y"])
         if out.shape != y.shape:
             raise DataError(
                 f"The model predicts {out.shape[-1]} numbers per row and `{self.info.name}` has "
@@ -77,6 +77,10 @@ class Regression(Task):
         if self.error == "huber":
             return F.huber_loss(out, y, reduction=reduction, delta=self.delta)
         return F.mse_loss(out, y, reduction=reduction)
+
+    def _output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Predictions in units of the loss, ``[B, targets]``."""
+        return outputs_of(model, batch["x"])
 
     def _units(self) -> tuple[float, float]:
         """What the model's outputs are shifted and scaled by."""
