@@ -14,7 +14,11 @@ from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.select.uniform import Uniform
 
-ARGUMENTS: dict[str, dict[str, object]] = {"fedkseed": {"steps": 5, "pool": 64}, "fedbuff": {"k": 2}}
+ARGUMENTS: dict[str, dict[str, object]] = {
+    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
+    "fedkseed": {"steps": 5, "pool": 64},
+    "fedbuff": {"k": 2},
+}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 
 

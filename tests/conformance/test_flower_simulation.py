@@ -32,7 +32,11 @@ from atoll.federated.select.uniform import Uniform
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
-ARGUMENTS: dict[str, dict[str, object]] = {"fedkseed": {"steps": 5, "pool": 64}, "fedbuff": {"k": 2}}
+ARGUMENTS: dict[str, dict[str, object]] = {
+    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
+    "fedkseed": {"steps": 5, "pool": 64},
+    "fedbuff": {"k": 2},
+}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 
 

@@ -31,6 +31,7 @@ from atoll.federated.visit import Job
 
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fed_hh": {"column": "y", "test_seed": 1, "allow_insecure_test_seed": True},  # its noise would differ in each run
+    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},  # each run would draw others
     "fedkseed": {"steps": 5, "pool": 64},  # 200 steps of two forward passes say no more here
 }
 PAIRS: dict[str, dict[str, object]] = {
