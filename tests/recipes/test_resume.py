@@ -25,6 +25,7 @@ RECIPES = {
     },
     "error feedback": {"uplink": [{"name": "top_k", "fraction": 0.1}, {"name": "quantise", "bits": 8}]},
     "server moments, private norms": {"method": {"name": "fedopt", "optimizer": "yogi"}},
+    "letters": {"topology": {"name": "gossip", "degree": 2}},
     "process pool": {"method": "scaffold", "backend": {"name": "process_pool", "workers": 2}},
 }
 
@@ -38,7 +39,10 @@ def recipe(name: str):
 
 
 def weights(folder):
-    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+    """Of the global model, or of every site's own."""
+    files = sorted((folder / "model").rglob("model.safetensors"))
+    assert files
+    return {f"{f.parent.name}/{n}": t for f in files for n, t in safetensors.torch.load_file(f).items()}
 
 
 def in_child(work) -> int:
