@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,23 +26,33 @@ def linear_head(model: nn.Module, who: str) -> tuple[str, nn.Linear]:
 
 
 class Tap:
-    """Keeps what a module was last given: ``tap = Tap(head)``, run the model, then :meth:`feature`."""
+    """Keeps what a module was last given; a forward pre-hook."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         self.seen: Tensor | None = None
-        module.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.seen = inputs[0]
 
     def feature(self, who: str) -> Tensor:
-        """The head's input of the last pass, ``[B, D]``, which is forgotten here.
+        """The module's input in the last pass, ``[B, D]``, which is forgotten here.
 
         Raises:
-            RecipeError: when the head was not used, or sees more than one vector a row; ``who`` needs one.
+            RecipeError: when the module was not used, or sees more than one vector a row; ``who`` needs one.
         """
         seen, self.seen = self.seen, None
         if seen is None or seen.dim() != 2:
             got = "is not used" if seen is None else f"sees {seen.dim() - 1} dimensions a row"
             raise RecipeError([f"{who} needs one feature per row, but the model's last linear layer {got}."])
         return seen
+
+
+@contextmanager
+def tapped(module: nn.Module) -> Iterator[Tap]:
+    """Inside, a :class:`Tap` on the module."""
+    tap = Tap()
+    handle = module.register_forward_pre_hook(tap)
+    try:
+        yield tap
+    finally:
+        handle.remove()

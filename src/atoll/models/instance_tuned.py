@@ -78,7 +78,8 @@ class InstanceTunedNet(nn.Module):
         name, head = linear_head(body, "fedins")
         size = pool.size
         self.body, self.k = body.requires_grad_(False), pool.k
-        self.tap = Tap(head)
+        self.tap = Tap()
+        head.register_forward_pre_hook(self.tap)
         self.pool = KeyedPool(size, head.in_features, pool.usage_penalty)
         self.tuners = nn.ModuleDict()
         for layer_name, layer in body.named_modules():
