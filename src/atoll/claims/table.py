@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import typing
 from pathlib import Path
 from typing import Any
 
+from atoll.core.card import Want
 from atoll.core.errors import RunError
 from atoll.core.files import write_atomic
 
@@ -92,20 +94,25 @@ def methods_page(claims: Path) -> str:
         GENERATED + "# Methods\n",
         "From the cards in the code; `atoll methods NAME` shows one.\n",
     ]
-    wishes: dict[str, list[str]] = {}
+    wishes: dict[str, list[str]] = {wish: [] for wish in typing.get_args(Want)}
     for r in rows:
         for wish in r["card"]["suits"]:
-            wishes.setdefault(wish, []).append(r["name"])
+            wishes[wish].append(r["name"])
     lines += ["## By what you want\n"]
-    lines += [f"- **{wish}**: {', '.join(names)}" for wish, names in sorted(wishes.items())]
+    lines += [f"- **{wish}**: {', '.join(names)}" for wish, names in wishes.items() if names]
     for area in sorted({r["area"] for r in rows}):
-        lines += ["", f"## {area[0].upper()}{area[1:]}s\n", "| name | what it does | server sees | source | claims |"]
+        lines += ["", f"## {_several(area)}\n", "| name | what it does | server sees | source | claims |"]
         lines.append("|---|---|---|---|---|")
         for r in (r for r in rows if r["area"] == area):
             source = "; ".join(_short(c) for c in r["card"]["cites"])
             said = "; ".join(f"[{c['expect']}](claims.md#{c['claim']}): {c['verdict']}" for c in r["claims"])
             lines.append(f"| `{r['name']}` | {r['summary']} | {r['card']['server_sees']} | {source} | {said} |")
     return "\n".join(lines) + "\n"
+
+
+def _several(area: str) -> str:
+    plural = area[:-1] + "ies" if area.endswith("y") else area + "s"
+    return plural[0].upper() + plural[1:]
 
 
 def _short(cite: dict[str, Any]) -> str:

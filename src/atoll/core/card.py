@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,17 @@ class Cite:
         return f"@misc{{{first}{self.year},\n" + ",\n".join(lines) + "\n}"
 
 
+Want = Literal[
+    "less traffic", "few rounds", "late sites", "many sites", "no server",
+    "sites differ in labels", "sites differ in features", "sites differ in hardware", "weak devices", "a model per site",
+    "few examples a site", "no labels", "tiny batches", "sparse features", "badly scaled models",
+    "hostile sites", "a privacy guarantee", "hiding updates from the server",
+    "language models", "pretrained models", "graphs", "tables and series", "tasks that arrive in turn",
+    "statistics without training", "a baseline",
+]  # fmt: skip
+"""What a user may be looking for, in the order of ``docs/methods.md``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """Facts about a method that users choose by.
@@ -61,7 +73,7 @@ class Card:
     needs_public_data: bool = False
     privacy_unit: str = ""
     threat_model: str = ""
-    suits: tuple[str, ...] = ()
+    suits: tuple[Want, ...] = ()
 
 
 @cache

@@ -38,7 +38,7 @@ CARD = Card(
             venue="IEEE Transactions on Artificial Intelligence",
         ),
     ),
-    suits=("sites differ in inputs", "tasks without labels"),
+    suits=("sites differ in features", "no labels"),
 )
 
 

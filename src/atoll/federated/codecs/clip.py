@@ -29,7 +29,7 @@ CARD = Card(
             venue="ICLR",
         ),
     ),
-    suits=("bounded influence of one site",),
+    suits=("hostile sites",),
 )
 
 

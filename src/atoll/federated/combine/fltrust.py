@@ -41,7 +41,7 @@ CARD = Card(
     additive=False,
     needs_public_data=True,
     threat_model="any number of sites is hostile and sends anything; the server's data is clean",
-    suits=("some sites may be hostile or broken",),
+    suits=("hostile sites",),
 )
 
 

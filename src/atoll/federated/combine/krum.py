@@ -37,7 +37,7 @@ CARD = Card(
     server_sees="each site's update",
     additive=False,
     threat_model="at most f sites of a merge are hostile and send anything; honest sites are alike",
-    suits=("some sites may be hostile or broken",),
+    suits=("hostile sites",),
 )
 
 

@@ -30,7 +30,7 @@ CARD = Card(
     server_sees="each site's update",
     additive=False,
     threat_model="fewer than half of the sites of a merge are hostile and send anything",
-    suits=("some sites may be hostile or broken",),
+    suits=("hostile sites",),
 )
 
 

@@ -30,7 +30,7 @@ CARD = Card(
     server_sees="each site's update",
     additive=False,
     threat_model="hostile sites scale their updates up; it does not stop one that stays within the bound",
-    suits=("some sites may be hostile or broken",),
+    suits=("hostile sites",),
 )
 
 

@@ -32,7 +32,7 @@ CARD = Card(
     server_sees="each site's update",
     additive=False,
     threat_model="at most a fraction `trim` of the sites of a merge is hostile and sends anything",
-    suits=("some sites may be hostile or broken",),
+    suits=("hostile sites",),
 )
 
 

@@ -30,7 +30,7 @@ CARD = Card(
     server_sees="letters on their way: output layers, which classes a site has, numbers of examples",
     additive=False,
     threat_model="any number of peers send anything; a peer that does well on known classes is believed about others",
-    suits=("some sites may be hostile or broken", "no server", "sites differ in labels", "less traffic"),
+    suits=("hostile sites", "no server", "sites differ in labels", "less traffic"),
 )
 
 

@@ -23,7 +23,7 @@ CARD = Card(
     ),
     server_sees="each site's update without its normalisation layers, and its number of examples",
     additive=True,
-    suits=("sites differ in how inputs look", "a model per site"),
+    suits=("sites differ in features", "a model per site"),
 )
 
 

@@ -30,7 +30,7 @@ CARD = Card(
     ),
     server_sees="each site's update and when it came",
     additive=True,
-    suits=("sites differ in hardware",),
+    suits=("late sites", "sites differ in hardware"),
 )
 
 

@@ -34,7 +34,7 @@ CARD = Card(
     ),
     server_sees="each site's update, its number of examples and how long its visit took",
     additive=True,
-    suits=("sites differ in hardware",),
+    suits=("late sites", "sites differ in hardware"),
 )
 
 

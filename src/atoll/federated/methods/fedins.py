@@ -38,7 +38,7 @@ CARD = Card(
     ),
     server_sees="each site's update of the pool and its keys",
     additive=True,
-    suits=("less traffic", "sites differ in how inputs look", "adapting a pretrained model"),
+    suits=("less traffic", "sites differ in features", "pretrained models"),
 )
 
 

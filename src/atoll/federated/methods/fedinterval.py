@@ -35,7 +35,7 @@ CARD = Card(
     ),
     server_sees="each site's update, its number of examples and when it came",
     additive=True,
-    suits=("sites differ in hardware",),
+    suits=("late sites", "sites differ in hardware"),
 )
 
 

@@ -29,7 +29,7 @@ CARD = Card(
     ),
     server_sees="each site's slopes of its loss along known random directions, and number of examples",
     additive=True,
-    suits=("less traffic", "devices that cannot run a backward pass", "language models"),
+    suits=("less traffic", "weak devices", "language models"),
 )
 
 

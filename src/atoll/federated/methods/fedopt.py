@@ -34,7 +34,7 @@ CARD = Card(
     ),
     server_sees="each site's update and number of examples",
     additive=True,
-    suits=("sparse features", "a badly scaled model"),
+    suits=("sparse features", "badly scaled models"),
 )
 
 

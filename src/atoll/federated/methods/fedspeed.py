@@ -31,7 +31,7 @@ CARD = Card(
     ),
     server_sees="each site's update",
     additive=True,
-    suits=("sites differ in labels", "long visits, few rounds"),
+    suits=("sites differ in labels", "few rounds"),
 )
 
 

@@ -43,7 +43,7 @@ CARD = Card(
     ),
     server_sees="each site's update and number of examples",
     additive=True,
-    suits=("sites differ in how inputs look", "tiny batches"),
+    suits=("sites differ in features", "tiny batches"),
 )
 
 

@@ -29,7 +29,7 @@ CARD = Card(
     ),
     server_sees="each site's adapter and number of examples",
     additive=False,
-    suits=("language models", "sites differ in hardware", "few long rounds"),
+    suits=("language models", "sites differ in hardware", "few rounds"),
 )
 
 

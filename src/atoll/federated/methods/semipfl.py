@@ -45,7 +45,7 @@ CARD = Card(
     server_sees="each site's autoencoder, which was trained on its inputs",
     additive=False,
     needs_public_data=True,
-    suits=("no labels", "a model per site", "sites differ in how inputs look"),
+    suits=("no labels", "a model per site", "sites differ in features"),
 )
 
 ADAM = Training(lr=1e-3, optimizer="adam", epochs=5, batch_size=16)

@@ -78,7 +78,7 @@ CARD = Card(
     server_sees="the sum of a cohort's updates and who took part",
     additive=True,
     threat_model="a curious server that follows the protocol, and fewer sites than the threshold with it",
-    suits=("hiding single updates from the server",),
+    suits=("hiding updates from the server",),
 )
 
 FAR = 16.0
