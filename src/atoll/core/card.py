@@ -41,8 +41,8 @@ class Cite:
 
 Want = Literal[
     "less traffic", "few rounds", "late sites", "many sites", "no server",
-    "sites differ in labels", "sites differ in features", "sites differ in hardware", "weak devices", "a model per site",
-    "few examples a site", "no labels", "tiny batches", "sparse features", "badly scaled models",
+    "sites differ in labels", "sites differ in features", "sites differ in hardware", "weak devices",
+    "a model per site", "few examples a site", "no labels", "tiny batches", "sparse features", "badly scaled models",
     "hostile sites", "a privacy guarantee", "hiding updates from the server",
     "language models", "pretrained models", "graphs", "tables and series", "tasks that arrive in turn",
     "statistics without training", "a baseline",
