@@ -196,6 +196,10 @@ class Share(Protocol):
         """Put the replica into the model, in place. ``at.tensors`` are cached views of all its tensors."""
         copy_(at.tensors, replica.get("weights", {}))
 
+    def own(self, replica: Parts, at: SiteModel) -> Parts:
+        """What of the replica a site with such a model works from (where there are models of several sizes)."""
+        return replica
+
     def check(self, reply: Message, replica: Parts) -> None:
         """Raise :class:`BadReply` when parts, names, shapes or types of a decoded reply cannot be right."""
         expect_only(reply, "delta")

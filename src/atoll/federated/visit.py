@@ -345,7 +345,7 @@ class Worker:
         parts = moved(stored.parts, s.device) if stored is not None else {}
         visit = Visit(
             site=s.info(job.site), round=job.round, task=s.task, at=at, data=s.federation.sites[job.site],
-            replica=replica, message=job.message, state=_under(parts, "local."),
+            replica=share.own(replica, at), message=job.message, state=_under(parts, "local."),
             seed=s.seed, device=s.device, repeat=job.repeat, dry=job.dry,
         )  # fmt: skip
         _seed_everything(key(s.seed, "global", job.round, job.site, job.repeat), s.device)
