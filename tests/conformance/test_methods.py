@@ -43,7 +43,7 @@ PAIRS: dict[str, dict[str, object]] = {
 WORDS = {"codec": "Quantise", "schedule": "Buffered", "tree": "Tree", "gossip": "Gossip|Peers"}
 TRAVELS_NOT = {"local_only"}
 # How many rows pass a filter, or prefixes are frequent, depends on the data: a dry visit sends the most it may be.
-AT_MOST = {"edgefd", "fed_hh"}
+AT_MOST = {"edgefd", "fed_hh", "pfedgate"}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 
 
