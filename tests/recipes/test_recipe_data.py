@@ -123,6 +123,7 @@ def test_a_folder_of_pictures(tmp_path):
 TINY = {
     "demo": ["limit=400", "rounds=2", "sites=4", "backend=inline"],
     "fashion_scaffold": ["data=digits", "limit=400", "rounds=2", "sites=4", "backend=inline"],
+    "graph": ["data.nodes=120", "data.degree=16", "rounds=2", "method.spectral.layers=1"],
     "hospital_table": ["rounds=2"],
     "language_flora": ["data.path=TEXTS", "data.length=16", "rounds=2", "model.dim=16", "model.layers=1", "model.heads=2"],
     "private": ["limit=400", "rounds=2"],

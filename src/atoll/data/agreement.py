@@ -110,6 +110,8 @@ def describe(data: SiteData, *, fit: bool, tokenizer: Tokenizer | None = None) -
         fit, tokenizer: as in ``Loaded``. With ``fit`` the site's own mean and scale are left out.
     """
     info, columns = data.train.info, data.train.columns
+    if info.whole:
+        raise DataError(f"`{info.name}` is a graph. Sites elsewhere agree on images, tables and text; simulate graphs.")
     constants: dict[str, Any] = {} if fit else {
         "mean": _packed(info.mean), "scale": _packed(info.scale), "target_mean": info.target_mean,
         "target_scale": info.target_scale,
