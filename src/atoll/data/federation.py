@@ -115,6 +115,8 @@ def label_some(own: SiteData, labelled: float, seed: int, site: int) -> SiteData
         raise DataError(f"`labelled` is a fraction from 0 to 1; got {labelled}.")
     if labelled == 1:
         return own
+    if own.train.info.whole:
+        raise DataError("`labelled` hides whole rows, and the nodes of a graph belong together; raise `test` instead.")
     if "y" not in own.train.columns:
         raise DataError(f"`labelled: {labelled}` hides labels, and `{own.train.info.name}` has none; leave it out.")
     order = numpy_stream(seed, "labelled", site).permutation(len(own.train))
