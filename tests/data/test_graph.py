@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from atoll.core.errors import DataError
 from atoll.data import graph
+from atoll.data.agreement import describe
 from atoll.data.dataset import Dataset, Info
 from atoll.data.federation import make_federation
 from atoll.data.graph import edges_between, laplacian, neighbour_columns, spectrum
@@ -191,3 +192,9 @@ def test_a_node_that_stands_twice_is_a_sentence(files):
     nodes.write_text(nodes.read_text() + "a,1,1990,ml,oslo\n")
     with pytest.raises(DataError, match="names the node 'a' twice"):
         source().load()
+
+
+def test_sites_elsewhere_refuse_a_graph_with_a_sentence():
+    own = make_federation(StochasticBlocks(nodes=40, degree=6), Iid(), sites=1).sites[0]
+    with pytest.raises(DataError, match="simulate graphs"):
+        describe(own, fit=True)
