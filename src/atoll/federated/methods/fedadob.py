@@ -6,9 +6,9 @@ Departs  the norm after a guarded layer keeps its statistics at the site. In eva
          passports are averaged. Means of channels are drawn once for each site, of either sign: with negative ones
          alone, as in the paper, a stranger's passports do nearly as well.
 Mind     this is obfuscation and no guarantee. A stranger's passports cost accuracy on average, and some draws cost
-         nearly none; nothing bounds what an attacker learns who guesses passports along with rows
-         (``privacy/gradient_inversion.py`` does); the secret of an input with one channel is small. For a bound add
-         noise (``gaussian_noise``), against the server ``secure_sum``.
+         nearly none. ``privacy/gradient_inversion.py`` fares about as badly with the right passports as without: what
+         stops it at small batches is the normalisation, which a better attack may pass. The secret of an input with
+         one channel is small. For a bound add noise (``gaussian_noise``), against the server ``secure_sum``.
 
 The vertical setting, in which two parties hold different columns, is simulated in ``simulate/vertical.py``.
 """
@@ -41,7 +41,7 @@ CARD = Card(
     server_sees="each site's update and number of examples, of a model that it cannot run without the site's passports",
     additive=True,
     threat_model="a curious server without the passports; obfuscation, no bound on what it may learn",
-    suits=("a model per site", "hiding inputs from a curious server"),
+    suits=("a model per site", "hiding updates from the server"),
 )
 
 
