@@ -34,6 +34,7 @@ class Claim:
         metric: ``final`` or ``mean_last`` (of the task's headline over the last fifth of the evaluations),
             ``time_to`` (virtual seconds until the headline reaches ``target``), ``worst_site`` (the worst decile
             of the sites' headline), ``bytes`` (up and down).
+        measure: one of the task's metrics instead of its headline, e.g. ``residual``.
         target: for ``time_to``.
         seeds: each arm runs once per seed.
         tune_seed: for tuning only, never reported.
@@ -51,6 +52,7 @@ class Claim:
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tune: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
     metric: Metric = "mean_last"
+    measure: str | None = None
     target: float | None = None
     seeds: Annotated[tuple[int, ...], MinLen(1)] = (0, 1, 2)
     tune_seed: Annotated[int, Ge(0)] = 1000

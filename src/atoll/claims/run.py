@@ -22,6 +22,7 @@ from atoll.core.files import write_json
 from atoll.core.progress import progress
 from atoll.federated.engine import Engine
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
+from atoll.recipes.record import LOWER
 from atoll.recipes.run import evaluate, prepare, versions
 
 
@@ -77,7 +78,7 @@ def run_claim(claim: Claim) -> dict[str, Any]:
         comparisons.append({"expect": text, "verdict": verdict})
     return {
         "name": claim.name, "subject": claim.subject, "statement": claim.statement, "source": claim.source,
-        "headline": claim.headline, "metric": claim.metric, "target": claim.target, "note": claim.note,
+        "headline": claim.headline, "metric": claim.metric, "measure": claim.measure, "target": claim.target, "note": claim.note,
         "comparisons": comparisons, "arms": arms, "seconds": time.time() - started, "commit": commit,
         "versions": versions(), "machine": machine(),
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -122,6 +123,8 @@ def _measure(claim: Claim, recipe: Recipe) -> dict[str, Any]:
     started = time.perf_counter()
     workers = recipe.backend.open(prepared.setup)
     headline, higher = prepared.setup.task.headline, prepared.setup.task.higher_is_better
+    if claim.measure is not None:
+        headline, higher = claim.measure, not claim.measure.endswith(LOWER)
     curve: list[tuple[int, float, float]] = []
     up = down = refused = 0
     try:

@@ -58,7 +58,8 @@ def claims_page(found: list[dict[str, Any]]) -> str:
         lines += ["", f"## {r['name']}", "", r["statement"], ""]
         if r["source"]:
             lines.append(f"Source: {r['source']}." + (f" The paper: {r['headline']}" if r["headline"] else ""))
-        metric = r["metric"] + (f" {r['target']}" if r["target"] is not None else "")
+        measure = f" of {r['measure']}" if r.get("measure") else ""
+        metric = r["metric"] + measure + (f" {r['target']}" if r["target"] is not None else "")
         lines += ["", f"| arm | {metric}, mean (sd) | MB up + down | seconds a run | chosen |", "|---|---|---|---|---|"]
         for arm, a in r["arms"].items():
             values = [s["value"] for s in a["seeds"]]

@@ -26,7 +26,7 @@ from atoll.federated.method import DeviceProfile, Method
 from atoll.recipes.recipe import Recipe, read_recipe
 from atoll.recipes.words import number
 
-LOWER = ("loss", "perplexity", "bits_per_byte", "mae", "rmse", "mse", "error")
+LOWER = ("loss", "perplexity", "bits_per_byte", "mae", "rmse", "mse", "error", "residual", "false_alarms")
 HIGHER = ("accuracy", "r2", "f1", "auc")
 
 

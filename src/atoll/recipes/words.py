@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 MISSING = "-"
-SHARES = ("accuracy", "f1", "auc", "coverage")
+SHARES = ("accuracy", "f1", "auc", "coverage", "false_alarms")
 """Metrics between 0 and 1 that read best as a percentage (also as the end of a longer name)."""
 
 
