@@ -12,7 +12,12 @@ from atoll.federated.backends.ray import Crew, Ray
 from atoll.federated.engine import federate
 from atoll.federated.ledger import Row
 from atoll.models.mlp import MLP
+from atoll.models.subspace import Subspace
+from atoll.tasks.anomaly_detection import AnomalyDetection
 from atoll.tasks.classification import Classification
+
+OF_ROWS = {"fedpca": Subspace(4)}
+"""Methods that are for rows alone, without classes, and what they train."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +72,9 @@ def run(digits_task: Classification, digits_federation: Federation):  # type: ig
     """``run(method, rounds=3, **options)`` -> the ledger rows; the last row's engine holds the model."""
 
     def go(method, rounds: int = 3, **options) -> list[Row]:  # type: ignore[no-untyped-def]
-        options = {"task": digits_task, "federation": digits_federation, **options}
+        network = OF_ROWS.get(method.card.name)
+        task = AnomalyDetection(digits_task.info, network) if network else digits_task
+        options = {"task": task, "federation": digits_federation, **options}
         return list(federate(method=method, rounds=rounds, **options))
 
     return go
