@@ -128,6 +128,9 @@ TINY = {
     "language_flora": ["data.path=TEXTS", "data.length=16", "rounds=2", "model.dim=16", "model.layers=1", "model.heads=2"],
     "private": ["limit=400", "rounds=2"],
     "secure": ["limit=400", "rounds=2"],
+    "gossip": ["limit=400", "rounds=2", "sites=6"],
+    "demand_forecast": ["rounds=2"],
+    "anomaly_table": ["rounds=2"],
     "hostile": ["limit=400", "rounds=2"],
 }  # fmt: skip
 
