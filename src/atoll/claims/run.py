@@ -78,7 +78,8 @@ def run_claim(claim: Claim) -> dict[str, Any]:
         comparisons.append({"expect": text, "verdict": verdict})
     return {
         "name": claim.name, "subject": claim.subject, "statement": claim.statement, "source": claim.source,
-        "headline": claim.headline, "metric": claim.metric, "measure": claim.measure, "target": claim.target, "note": claim.note,
+        "headline": claim.headline, "metric": claim.metric, "measure": claim.measure, "target": claim.target,
+        "note": claim.note,
         "comparisons": comparisons, "arms": arms, "seconds": time.time() - started, "commit": commit,
         "versions": versions(), "machine": machine(),
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
