@@ -17,15 +17,17 @@ from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.knowledge.guidance import guidance
 from atoll.federated.local.loss_exploration import Scouting
 from atoll.federated.local.training import Training
+from atoll.federated.method import MergeContext
 from atoll.federated.methods.autoflip import autoflip
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.schedules.buffered import Buffered
 from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.server.adaptive import Adaptive
-from atoll.federated.server.prune import make_mask
+from atoll.federated.server.prune import Prune, make_mask
 from atoll.federated.visit import Job
 from atoll.models.cnn import CNN
 from atoll.models.export import load_model
+from atoll.models.masks import unpack_bits
 from atoll.models.mlp import MLP
 from atoll.models.narrow import units_of
 from atoll.models.user import User
@@ -188,6 +190,30 @@ def test_a_saved_run_loads_the_small_network(tmp_path, digits):  # type: ignore[
     assert model.layers[0].weight.shape == (10, 64)
     assert model.layers[1].weight.shape == (10, 10)
     assert model(digits.ready(torch.arange(3))["x"]).shape == (3, 10)
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.95])
+def test_a_plan_knows_how_much_is_kept_or_the_most(tmp_path, sparsity):  # type: ignore[no-untyped-def]
+    recipe = read_recipe(
+        {"name": "p", "sites": 3, "rounds": 5, "limit": 300, "model": {"name": "mlp", "hidden": [40, 20]},
+         "method": {"name": "autoflip", "sparsity": sparsity, "scouting": {"epochs": 2}}}
+    )  # fmt: skip
+    run, foreseen = start(recipe, tmp_path / "run")
+    done = run.go()
+    most = 1.0 if sparsity < 0.9 else 1.2  # whole units go beyond 95 %
+    for way in ("up_bytes", "down_bytes"):
+        digits_of_sizes = 0.001
+        assert 1 - digits_of_sizes < getattr(foreseen, way) / done[way] < most + digits_of_sizes
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.95])
+def test_a_dry_merge_keeps_as_many_as_no_unit_would_add_to(digits_task, sparsity):
+    weights = {n: p.detach() for n, p in digits_task.model(0).named_parameters()}
+    context = MergeContext(1, {}, 5, 0, digits_task, dry=True)
+    nothing = {n: torch.zeros_like(t) for n, t in weights.items()}
+    bits = Prune(sparsity=sparsity, unit_share=0.5).found(nothing, {"weights": weights}, context)["mask"]["bits"]
+    kept = sum(int(m.sum()) for m in unpack_bits(bits, weights).values())
+    assert kept == numel(weights) - math.floor(sparsity * numel(weights))
 
 
 def test_a_network_that_cannot_be_traced_is_pruned_entry_by_entry(run, digits):  # type: ignore[no-untyped-def]

@@ -26,6 +26,8 @@ Score = Literal["exploration", "magnitude", "random"]
 class Prune(Explore):
     """Make the mask from what was explored; afterwards merge kept entries alone.
 
+    A plan knows how many entries will be kept, or the most when whole units go beyond ``sparsity``, but not where.
+
     Args:
         sparsity: fraction of all trainable entries that go.
         unit_share: a unit of which a smaller share would be kept goes as a whole.
@@ -42,15 +44,15 @@ class Prune(Explore):
         weights = replica["weights"]
         scores = {n: self._score(n, drift[n], weights[n], context) for n in drift}
         units = units_of(context.task.model(context.seed)) if self.unit_share or self.unit_quantile else []
-        mask = make_mask(scores, self.sparsity, units, self.unit_share, self.unit_quantile)
+        mask = make_mask(scores, self.sparsity, units, 0.0 if context.dry else self.unit_share, self.unit_quantile)
         everything = {n: mask.get(n, torch.ones(t.shape, dtype=torch.bool)) for n, t in weights.items()}
         return {"mask": {"bits": pack_bits(everything).to(next(iter(weights.values())).device)}}
 
     def _score(self, name: str, drift: Tensor, weight: Tensor, context: MergeContext) -> Tensor:
-        if self.score == "exploration":
-            return guidance(drift)
         if self.score == "magnitude":
             return weight.abs()
+        if self.score == "exploration" and not context.dry:
+            return guidance(drift)
         return torch.rand(drift.shape, generator=context.stream("prune", name))
 
     def step(self, replica: Parts, state: Parts, combined: Message, context: MergeContext) -> tuple[Broadcast, Parts]:
