@@ -41,7 +41,7 @@ class BlockMean(Combine):
             tree = reply.message.parts["blocks"]
             sent, sizes = sent_blocks(tree["sent"], weights, self.blocks)
             where = sent.repeat_interleave(sizes).to(device)
-            sums[where] += reply.num_samples * tree["values"][: int(where.sum())].double()
+            sums[where] += reply.num_samples * tree["values"][: int(where.sum())].to(sums)
             total = (total if len(total) else torch.zeros(len(sizes), dtype=torch.float64)) + reply.num_samples * sent
         if not bool(total.any()):
             raise BadReply("the sites that replied have no training examples, so their replies weigh nothing")
