@@ -176,6 +176,8 @@ class Engine:
                     pass  # a combiner may stop early; the schedule must not
                 context = replace(context, replies=replies.count)
                 broadcast, s.server = m.server.step(s.replica, s.server, combined, context)
+                for said in broadcast.notes:
+                    self.row.note(said)
         except RunError:
             raise  # the backend itself has failed: the run stops, and can be resumed
         except AtollError as e:

@@ -78,12 +78,14 @@ class Broadcast:
         everyone: the next round must include every site (e.g. a setup round), whatever ``select`` says.
         asks: the next round has these sites, whatever ``select`` says; it chooses when there are none, or when no
             merge came of that round.
+        notes: sentences for the report of this merge, e.g. which sites were grouped.
     """
 
     common: Message
     per_site: Mapping[int, Message] = field(default_factory=dict)
     everyone: bool = False
     asks: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
