@@ -10,6 +10,7 @@ from atoll.data.dataset import Dataset, Federation, Info
 from atoll.data.federation import make_federation
 from atoll.data.partitions.dirichlet import Dirichlet
 from atoll.data.partitions.iid import Iid
+from atoll.data.picture import partition_svg, picture
 from atoll.data.source import Loaded
 from atoll.data.sources.digits import Digits
 from atoll.data.sources.sklearn_table import SklearnTable
@@ -56,6 +57,14 @@ def test_a_hidden_target_leaves_no_trace() -> None:
     x = torch.cat([d.column("x") for s in f.sites for d in (s.train, s.unlabelled) if d is not None]).double()
     assert f.info.target_mean == pytest.approx(float(y.mean()), rel=1e-6)
     assert torch.allclose(torch.as_tensor(f.info.mean).double(), x.mean(0), atol=1e-6)
+
+
+def test_a_picture_counts_rows_of_which_nobody_knows_more() -> None:
+    for labelled in (0.0, 0.1):
+        assert (picture(split(labelled)).parts == picture(split(1.0)).parts).all()
+        assert picture(split(labelled)).found.of == "rows"
+        assert "nan" not in partition_svg(split(labelled))
+    assert picture(split(1.0)).found.of == "classes"
 
 
 def test_pooling_keeps_them() -> None:

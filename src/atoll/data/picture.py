@@ -57,8 +57,10 @@ class Picture:
 def picture(federation: Federation) -> Picture:
     """Count what there is to draw."""
     tokenizer = cast("Tokenizer | None", federation.tokenizer)
-    parts = np.array([[len(s.train), len(s.validation), len(s.test)] for s in federation.sites])
-    if federation.labels.get("elsewhere"):  # of rows that never come here, only the numbers are known
+    sites = federation.sites
+    parts = np.array([[len(s.train) + len(s.unlabelled or ()), len(s.validation), len(s.test)] for s in sites])
+    unknown = federation.labels.get("elsewhere") or any(s.unlabelled for s in sites)
+    if unknown:  # of rows that never come here, or whose labels nobody has, only the numbers are known
         found = Histogram("rows", ("rows",), parts[:, :1], parts[:, 0])
     else:
         found = histogram([s.train for s in federation.sites], federation.info, tokenizer)

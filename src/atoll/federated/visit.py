@@ -420,7 +420,8 @@ class Worker:
         if trains not in at.flops:
             sites = self.setup.federation.sites
             own = sites[site or 0].train
-            rows = own if len(own) else next((s.train for s in sites if len(s.train)), own)
+            labelled = (part for s in sites for part in (s.train, s.validation, s.test))
+            rows = own if len(own) else next((part for part in labelled if len(part)), own)
             at.flops[trains] = flops_per_example(self.setup.task, at.model, rows, self.setup.device)
         return at.flops[trains]
 

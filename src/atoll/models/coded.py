@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from atoll.core.errors import AtollError
 from atoll.data.dataset import Info
+from atoll.models.features import linear_head
 from atoll.models.model import ModelBuilder, refuse_tokens
+
+BARE = "This network has nothing before its last linear layer; use one with hidden layers."
 
 
 class Autoencoder(nn.Module):
@@ -90,17 +93,19 @@ def coded(network: nn.Module, info: Info, heads: int) -> CodedNet:
             (nobody can generate what was counted).
     """
     refuse_tokens(info, "An autoencoder")
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-    name, last = layers[-1] if layers else ("", None)
-    if last is None or not name or not any(p is not q for p in network.parameters() for q in (last.weight, last.bias)):
-        raise AtollError("An encoder is a network without its last linear layer, and this one has none; use an `mlp`.")
+    name, last = linear_head(network, "An encoder")
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not name:
+        raise AtollError(BARE)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
     if not list(network.parameters()):
-        raise AtollError("This network has nothing before its last linear layer; use one with hidden layers.")
+        raise AtollError(BARE)
     if counted := [n for n, b in network.named_buffers() if b.is_floating_point()]:
         raise AtollError(f"An encoder's tensors are generated, and `{counted[0]}` is counted; use `norm: group`.")
-    widths = [m.out_features for _, m in reversed(layers[:-1]) if m.out_features != last.in_features]
+    widths = [m.out_features for m in reversed(layers[:-1])]
+    if widths[:1] == [last.in_features]:
+        widths = widths[1:]  # the layer that gives the code
     sizes = [last.in_features, *widths, math.prod(info.shape)]
     mirror: list[nn.Module] = []
     for a, b in itertools.pairwise(sizes):

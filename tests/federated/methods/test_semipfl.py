@@ -192,6 +192,15 @@ def test_each_head_learns_from_one_subject(world, task):  # type: ignore[no-unty
     assert same == {"0.6.weight": True, "1.6.weight": False}
 
 
+@pytest.mark.parametrize(
+    ("hidden", "mirror"), [((256, 128, 64), [64, 128, 256, 64]), ((32, 32), [32, 32, 64]), ((20,), [20, 64])]
+)
+def test_the_decoder_mirrors_the_encoder(digits, hidden, mirror):  # type: ignore[no-untyped-def]
+    net = coded(MLP(hidden).build(digits.info, 10), digits.info, 2)
+    layers = [m for m in net.autoencoder.decoder.modules() if isinstance(m, nn.Linear)]
+    assert [layers[0].in_features, *(m.out_features for m in layers)] == mirror
+
+
 @pytest.mark.parametrize("kind", ["image", "table"])
 def test_what_is_reconstructed_is_bounded(kind):  # type: ignore[no-untyped-def]
     info = Info(name="b", kind=kind, shape=(1, 4, 4), mean=0.3, scale=0.5, unit=1 / 16)
@@ -211,6 +220,7 @@ def test_a_site_without_a_label_predicts(run, world, task):  # type: ignore[no-u
     bare = replace(world, sites=tuple(replace(s, train=s.train.select([])) for s in world.sites))
     longer = Training(lr=5e-3, optimizer="adam", epochs=20, batch_size=16)
     engine = run(two_heads(head_training=longer), rounds=4, federation=bare, task=task)[-1].engine
+    assert all(flops > 0 for flops in engine.row.flops.values())  # counted on rows that have labels to test by
     found = [m["accuracy"] for m in engine.evaluate_sites().values()]
     assert sum(found) / 4 > 0.3
     assert min(found) > 0.2
@@ -303,7 +313,7 @@ def test_what_cannot_be_is_refused_with_a_sentence(run, world, task, digits):  #
         run(FAST, federation=world, task=Classification(digits.info, Logistic()))
     with pytest.raises(AtollError, match="is counted; use `norm: group`"):
         run(FAST, federation=world, task=Classification(digits.info, CNN(norm="batch")))
-    with pytest.raises(AtollError, match="without its last linear layer"):
+    with pytest.raises(AtollError, match="ends in a linear layer"):
         run(FAST, federation=world, task=Classification(digits.info, User(lambda outputs: nn.Conv2d(1, outputs, 8))))
     with pytest.raises(RecipeError, match="similar"):
         read_recipe({"method": {"name": "semipfl", "similar": -1}})
