@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
     "fedkseed": {"steps": 5, "pool": 64},
+    "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
     "fedbuff": {"k": 2},
 }
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))

@@ -65,7 +65,11 @@ class Demand(Source):
             series.append(OneSeries(values, {"site": shop, "kind": kind}))
         info = Info(
             name="demand", kind="series", shape=(1 + len(DRIVERS), self.window), feature_names=("sales", *DRIVERS),
-            names={"site": tuple(f"shop {i}" for i in range(len(series)))}, targets=self.horizon,
+            names={
+                "site": tuple(f"shop {i}" for i in range(len(series))),
+                "kind": tuple(f"kind {i}" for i in range(self.kinds + self.poisoned)),
+            },
+            targets=self.horizon,
         )  # fmt: skip
         return standardised(windows(series, info, window=self.window, horizon=self.horizon, test=0.2))
 

@@ -27,8 +27,7 @@ CARD = Card(
     summary="one subspace for all sites' rows, by consensus; what lies off it is an anomaly",
     cites=(
         Cite(
-            authors="Tung-Anh Nguyen, Long Tan Le, Tuan Dung Nguyen, Wei Bao, Suranga Seneviratne, Choong Seon Hong, "
-            "Nguyen H. Tran",
+            authors="Tung-Anh Nguyen, Jiayu He, Long Tan Le, Wei Bao, Nguyen H. Tran",
             year=2022,
             title="Federated PCA on Grassmann Manifold for Anomaly Detection in IoT Networks",
             arxiv="2212.12121",
