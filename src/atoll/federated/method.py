@@ -228,7 +228,8 @@ class LocalWork(Protocol):
            named      random numbers come from ``visit.stream(...)`` (the global generator is seeded per visit)
            dry        with ``visit.dry`` no step is taken, but message, state and cost have their true sizes
     May    data_dependent_size  a message's size depends on what was learned; a dry visit then gives the most
-           epsilon              what a run spends of each training row's privacy at the site already, or None
+           epsilon              what a run spends of privacy at the site already, or None
+           epsilon_of           of what: each training row, unless it says so
     """
 
     package: ClassVar[str] = "atoll.federated.local"
@@ -242,6 +243,10 @@ class LocalWork(Protocol):
     @property
     def epsilon(self) -> float | None:
         return None
+
+    @property
+    def epsilon_of(self) -> str:
+        return "row"
 
     def run(self, visit: Visit) -> Result: ...
 

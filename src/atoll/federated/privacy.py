@@ -47,8 +47,9 @@ def privacy_ledger(method: Method, cohorts: Iterable[tuple[int, int, bool]], num
 
 
 def unit_of(method: Method) -> str:
-    """Whose data an epsilon of the ledger is about: all of a ``"site"``, or each ``"row"`` where it is hidden there."""
-    return "site" if method.local.epsilon is None else "row"
+    """What an epsilon of the ledger is about: all of a ``"site"``, or each ``"row"`` where it is hidden there, or what
+    the local work says."""
+    return "site" if method.local.epsilon is None else method.local.epsilon_of
 
 
 def spent(

@@ -603,7 +603,7 @@ def _merge(method: Method) -> str:
 def _privacy(r: Record) -> str:
     epsilon = _epsilon(r)
     if epsilon is not None:
-        whose = "for each row" if _unit(r) == "row" else "for all rows of a site together"
+        whose = "for all rows of a site together" if _unit(r) == "site" else f"for each {_unit(r)}"
         return f"epsilon {plain(epsilon, 3)}{_at_delta(r)}, {whose}"
     return "no noise was added, so there is no formal guarantee"
 

@@ -38,7 +38,7 @@ from atoll.federated.methods.fedkseed import fedkseed
 from atoll.federated.methods.fedopt import fedopt
 from atoll.federated.methods.pacfl import pacfl
 from atoll.federated.methods.scaffold import scaffold
-from atoll.federated.privacy import spent
+from atoll.federated.privacy import spent, unit_of
 from atoll.federated.secure.secure_sum import SecureSum
 from atoll.federated.select.uniform import Uniform
 from atoll.federated.share.parameters import Parameters
@@ -191,6 +191,7 @@ def test_the_ledger_counts_the_signature(world):
     for made, want in ((pacfl(privacy=3.0), 3.0), (pacfl(privacy=None), None), (pacfl(**INSECURE), math.inf)):
         engine = go(world, made, rounds=2)[-1].engine
         assert spent(engine.method, engine.state.cohorts, 6) == want
+        assert unit_of(engine.method) == ("site" if want is None else "site's signature; its updates are not covered")
 
 
 # ------------------------------------------------------------------------------------------- grouping

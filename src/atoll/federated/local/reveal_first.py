@@ -59,6 +59,10 @@ class RevealFirst(LocalWork):
         own = self.privacy if self.test_seed is None else math.inf
         return own + (self.inner.epsilon or 0.0)
 
+    @property
+    def epsilon_of(self) -> str:
+        return self.inner.epsilon_of if self.privacy is None else "site's signature; its updates are not covered"
+
     def run(self, visit: Visit) -> Result:
         if visit.message is None:
             return Result(Message("signature", {"signature": {"p": torch.from_numpy(self._signature(visit))}}))
