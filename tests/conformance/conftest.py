@@ -1,4 +1,4 @@
-"""Methods that need other data than the digits get it under the same fixtures."""
+"""Methods that need other data than the digits, or another kind of network, get it under the same fixtures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from atoll.data.federation import make_federation
 from atoll.data.partitions.iid import Iid
 from atoll.data.sources.stochastic_blocks import StochasticBlocks
 from atoll.models.mlp import MLP
+from atoll.models.vit import ViT
+from atoll.tasks.classification import Classification
 from atoll.tasks.node_classification import NodeClassification
 
 GRAPHS = {"fed_gnodeformer"}
+NETWORKS = {"fedmgp": ViT(patch=4, dim=8, layers=2, heads=2)}
 
 
 def _name(request: pytest.FixtureRequest) -> str:
@@ -30,5 +33,7 @@ def digits_federation(request, digits_federation, blocks):
 
 
 @pytest.fixture
-def digits_task(request, digits_task, blocks):
+def digits_task(request, digits, digits_task, blocks):
+    if network := NETWORKS.get(_name(request)):
+        return Classification(digits.info, network)
     return NodeClassification(blocks.info, MLP(hidden=(16,))) if _name(request) in GRAPHS else digits_task

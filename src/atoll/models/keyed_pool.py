@@ -34,15 +34,18 @@ class KeyedPool(nn.Module):
         self.asked = torch.zeros(0, dim), torch.zeros(0, 1, dtype=torch.int64)
         """Queries of the last training pass, and what they chose."""
 
-    def forward(self, query_BD: Tensor, k: int) -> Tensor:
+    def forward(self, query_BD: Tensor, k: int, allowed_M: Tensor | None = None) -> Tensor:
         """The best ``k`` entries for each query by itself: weights ``[B, M]``, 1/k at each of them, 0 elsewhere.
 
-        Nothing has a gradient: :meth:`pull` is what trains keys.
+        ``allowed_M``: which entries there are to choose from, if not all. Nothing has a gradient: :meth:`pull` is what
+        trains keys.
         """
         query_BD = query_BD.detach()
         score_BM = cosines(query_BD, self.keys.detach())
         if self.training and self.usage_penalty:
             score_BM = score_BM - self.usage_penalty * self.uses * k / self.uses.sum().clamp(min=1)
+        if allowed_M is not None:
+            score_BM = score_BM.masked_fill(~allowed_M, -torch.inf)
         chosen_Bk = score_BM.topk(k, dim=1).indices
         if self.training:
             self.uses += torch.bincount(chosen_Bk.flatten(), minlength=len(self.uses))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atoll.core.errors import DataError
+from atoll.core.errors import DataError, RecipeError
 from atoll.data.dataset import Dataset, Info
 from atoll.models.mlp import MLP
 from atoll.models.model import ModelBuilder, build_model
@@ -73,3 +74,10 @@ def num_classes(info: Info) -> int:
         what = "class_names" if info.kind == "text" else "num_classes"
         raise DataError(f"`{info.name}` has no classes (its `{what}` is not set). Use another task for it.")
     return count
+
+
+def expect_classes(rows: Dataset, classes: int, who: str) -> None:
+    """Raise :class:`RecipeError` unless ``y`` holds numbers of ``classes`` classes, which ``who`` needs."""
+    y = rows.columns.get("y")
+    if y is None or y.dtype != torch.int64 or y.dim() != 1 or (len(y) and int(y.max()) >= classes):
+        raise RecipeError([f"{who} works with {classes} classes, and `y` of `{rows.info.name}` holds none such."])

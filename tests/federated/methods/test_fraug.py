@@ -206,6 +206,6 @@ def test_what_has_no_classes_or_no_head_is_refused_with_a_sentence(run, digits):
         run(fraug(), task=Classification(digits.info, User(lambda: nn.Sequential(nn.Flatten()))))
     (row,) = run(fraug(FAST), rounds=1, task=Regression(digits.info, MLP(hidden=(4,))))
     assert len(row.refused) == 5
-    assert all("invents features of 1 classes, and `y` of `digits` holds none such" in w for w in row.refused.values())
+    assert all("works with 1 classes, and `y` of `digits` holds none such" in w for w in row.refused.values())
     with pytest.raises(RecipeError, match=r"method\.most"):
         read_recipe({"method": {"name": "fraug", "most": 2}})

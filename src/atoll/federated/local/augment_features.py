@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from atoll.core.errors import RecipeError
 from atoll.core.message import Message
 from atoll.core.tree import sub
-from atoll.data.dataset import Dataset
 from atoll.federated.knowledge.mmd import mmd
 from atoll.federated.local.local_sgd import gradients
 from atoll.federated.local.optimizer import clip_, make_optimizer
@@ -26,6 +24,7 @@ from atoll.federated.method import LocalWork
 from atoll.federated.visit import Cost, Result, Visit
 from atoll.models.augmented import AugmentedNet
 from atoll.models.features import tapped
+from atoll.tasks.classification import expect_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class AugmentFeatures(LocalWork):
     def run(self, visit: Visit) -> Result:
         t, net, r = self.training, visit.model, self.share_at(visit.round)
         assert isinstance(net, AugmentedNet)
-        _expect_classes(visit.data.train, net.classes)
+        expect_classes(visit.data.train, net.classes, "fraug")
         lr, decay = t.lr_at(visit.round), t.lr_decay**visit.round
         steps = {
             "body": (lr, [p for p in net.body.parameters() if p.requires_grad]),
@@ -110,11 +109,3 @@ def entropy(logits_BC: Tensor) -> Tensor:
     """Of the predicted classes, in nats, one value per row ``[B]``."""
     log_p = F.log_softmax(logits_BC, dim=1)
     return -(log_p.exp() * log_p).sum(1)
-
-
-def _expect_classes(rows: Dataset, classes: int) -> None:
-    y = rows.columns.get("y")
-    if y is None or y.dtype != torch.int64 or y.dim() != 1 or (len(y) and int(y.max()) >= classes):
-        raise RecipeError(
-            [f"fraug invents features of {classes} classes, and `y` of `{rows.info.name}` holds none such."]
-        )
