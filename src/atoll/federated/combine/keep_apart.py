@@ -13,8 +13,8 @@ from atoll.federated.method import Combine, MergeContext, Reply
 
 @dataclass(frozen=True)
 class KeepApart(Combine):
-    """Part ``i`` holds the tensors of site ``i``, whose reply has one part; fact ``from`` what each said and its number of
-    examples. Keeps as many models in memory as there are replies."""
+    """Part ``i`` holds the tensors of site ``i``, whose reply has one part; fact ``from`` what each said and its number
+    of examples. Keeps as many models in memory as there are replies."""
 
     accepts: ClassVar[tuple[str, ...]] = ("letter", "delta")
 
