@@ -18,12 +18,14 @@ from atoll.models.lm import LM
 from atoll.models.logistic import Logistic
 from atoll.models.mlp import MLP
 from atoll.models.model import build_model, seeded
+from atoll.models.series_transformer import SeriesTransformer
 from atoll.models.transformers_model import TransformersModel
 from atoll.models.user import User
 from atoll.models.vit import ViT
 
 IMAGE = Info(name="pictures", kind="image", shape=(3, 13, 9), num_classes=7)
 TABLE = Info(name="rows", kind="table", shape=(5,), num_classes=7)
+SERIES = Info(name="pumps", kind="series", shape=(3, 10), num_classes=7)
 TEXT = Info(name="words", kind="text", shape=(12,), num_classes=30)
 GPT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
 
@@ -46,6 +48,7 @@ CASES = [
     (CNN(channels=(4, 8), dense=6), IMAGE), (CNN(channels=(4, 12), dense=6, norm="group"), IMAGE),
     (CNN(channels=(4, 8), dense=6, norm="batch"), IMAGE), (LM(dim=16, layers=2, heads=2), TEXT),
     (LM(dim=8, layers=1, heads=2, tied=False, norm="layer", dropout=0.1), TEXT),
+    (SeriesTransformer(dim=8, layers=1, heads=2, dropout=0.1), SERIES),
     (ViT(patch=1, dim=8, layers=1, heads=2, dropout=0.1), IMAGE), (TransformersModel(config=GPT), TEXT), (User(Noisy, {"width": 3}), IMAGE),
 ]  # fmt: skip
 

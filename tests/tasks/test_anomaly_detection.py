@@ -62,6 +62,13 @@ def test_the_threshold_is_a_quantile_of_normal_rows_that_are_not_judged():
     assert AnomalyDetection(FLAT, quantile=0.5).threshold(Plane(), calibrating) == (16 + 25) / 2
 
 
+def test_neither_judged_nor_anomalous_rows_move_the_threshold():
+    third = [v for i in range(10) for v in (float(i), 10.0 + i)]
+    found = AnomalyDetection(FLAT, quantile=0.9).evaluate(Plane(), rows([*third, 9.5, 500.0], [0] * 20 + [1] * 2))
+    assert found["false_alarms"] == 1.0
+    assert found["f1"] == 2 * 2 / (2 * 2 + 10)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.lists(st.integers(0, 4), min_size=1, max_size=20))
 def test_auc_is_the_oracles_ties_included(normal, anomalous):
