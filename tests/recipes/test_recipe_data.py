@@ -131,6 +131,7 @@ TINY = {
     "gossip": ["limit=400", "rounds=2", "sites=6"],
     "demand_forecast": ["rounds=2"],
     "anomaly_table": ["rounds=2"],
+    "retail_bubbles": ["data.days=60", "data.window=7", "rounds=2"],
     "hostile": ["limit=400", "rounds=2"],
 }  # fmt: skip
 
