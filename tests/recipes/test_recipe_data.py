@@ -152,7 +152,7 @@ def test_a_shipped_recipe_is_planned(name, tmp_path):
     assert foreseen.rounds == 2
     assert foreseen.up_bytes > 0
     assert foreseen.refused == ()
-    assert (foreseen.epsilon is not None) == (name in ("private", "secure"))
+    assert (foreseen.epsilon is not None) == (name in ("private", "secure", "retail_bubbles"))
     if name == "hostile":
         assert chosen.make_method().local.sites, "somebody is hostile"
 
