@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from atoll.core.errors import RecipeError
-from atoll.core.tree import named_tensors
 from atoll.federated.method import Share, SiteInfo, Split
 from atoll.federated.share.only import freeze_all_but
+from atoll.models.features import linear_head
 
 
 @dataclass(frozen=True)
@@ -19,22 +18,15 @@ class Head(Share):
     """
 
     def prepare(self, model: nn.Module, site: SiteInfo | None) -> nn.Module:
-        """Raises :class:`RecipeError` when the model's last layer with parameters is not linear."""
-        freeze_all_but(model, (f"{head_of(model)}.*",))
+        """Raises :class:`RecipeError` when the model has no linear layer."""
+        freeze_all_but(model, head_names(model))
         return model
 
     def split(self, model: nn.Module) -> Split:
-        head = f"{head_of(model)}."
-        return Split(shared=tuple(n for n in named_tensors(model) if n.startswith(head)))
+        return Split(shared=head_names(model))
 
 
-def head_of(model: nn.Module) -> str:
-    """The name of the last linear layer, e.g. ``"dense2"``."""
-    with_parameters = [(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    if with_parameters and with_parameters[-1][0] and isinstance(with_parameters[-1][1], nn.Linear):
-        return str(with_parameters[-1][0])
-    what = type(with_parameters[-1][1]).__name__ if with_parameters else "none"
-    raise RecipeError([
-        f"`head` shares the last linear layer of a network, and the last layer of {type(model).__name__} with "
-        f"parameters is {what}; use `only` with the names of its tensors."
-    ])  # fmt: skip
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The tensors of the last linear layer, e.g. ``dense2.weight`` and ``dense2.bias``."""
+    name, head = linear_head(model, "`head`")
+    return tuple(f"{name}.{n}" if name else n for n, _ in head.named_parameters())
