@@ -98,6 +98,14 @@ def moved(parts: Parts, device: torch.device | str) -> Parts:
     return {name: {n: t.to(device) for n, t in tree.items()} for name, tree in parts.items()}
 
 
+def contiguous(parts: Parts) -> Parts:
+    """The same numbers in row-major order, as a file or the wire gives them back: kernels round by the layout too."""
+    return {
+        part: tree if all(t.is_contiguous() for t in tree.values()) else {n: t.contiguous() for n, t in tree.items()}
+        for part, tree in parts.items()
+    }
+
+
 def numel(tree: Mapping[str, Tensor]) -> int:
     return sum(t.numel() for t in tree.values())
 

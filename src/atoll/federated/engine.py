@@ -17,7 +17,7 @@ from typing import Any
 from atoll.core.errors import AtollError, BadReply, RunError
 from atoll.core.message import Message, detach, encoded_size
 from atoll.core.streams import numpy_stream
-from atoll.core.tree import Parts, moved
+from atoll.core.tree import Parts, contiguous, moved
 from atoll.federated.check import check_method
 from atoll.federated.devices import Devices
 from atoll.federated.ledger import Row
@@ -108,7 +108,9 @@ class Engine:
     def _broadcast(self, broadcast: Broadcast) -> None:
         """Move the replicas to the new broadcast and hand it to the workers."""
         s, share = self.state, self.method.share
-        s.broadcast, s.sent = broadcast, s.round
+        common = replace(broadcast.common, parts=contiguous(broadcast.common.parts))
+        broadcast = replace(broadcast, common=common)
+        s.broadcast, s.sent, s.server = broadcast, s.round, contiguous(s.server)
         s.replica = share.receive(s.replica, broadcast.common)
         self._encode()
         s.site_replica = share.receive(s.site_replica, self.common) if self.method.downlink else s.replica
