@@ -45,6 +45,7 @@ Want = Literal[
     "a model per site", "few examples a site", "no labels", "tiny batches", "sparse features", "badly scaled models",
     "hostile sites", "a privacy guarantee", "hiding updates from the server",
     "language models", "pretrained models", "graphs", "tables and series", "tasks that arrive in turn",
+    "generative models", "few calls a sample", "distilling without data",
     "statistics without training", "a baseline",
 ]  # fmt: skip
 """What a user may be looking for, in the order of ``docs/methods.md``."""

@@ -26,6 +26,8 @@ class ModelBuilder(Protocol):
     """
 
     package: ClassVar[str] = "atoll.models"
+    denoises: ClassVar[bool] = False
+    """The module takes noisy rows, times and classes, and returns rows; only a denoising task can use it."""
 
     def build(self, info: Info, outputs: int) -> nn.Module:
         """Args: what the inputs look like; how many outputs there are (classes, targets, vocabulary)."""

@@ -1,0 +1,164 @@
+"""Discriminators on a denoiser's features: real and generated samples are noised to the same law, and told apart.
+
+Real data is needed, so at sites, or where public or generated rows stand in for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from atoll.core.card import Card, Cite
+from atoll.diffusion.denoiser import Denoiser, tapped
+from atoll.diffusion.distiller import Draw, Nets, Work
+from atoll.diffusion.rollouts import Sample
+from atoll.diffusion.schedules import LogNormal, TimeLaw, add_noise
+
+CARD = Card(
+    name="gan_heads",
+    area="discriminator",
+    summary="a light head on a denoiser's own features tells noised real rows from noised generated ones",
+    cites=(
+        Cite(authors="Wang, Zheng, He, Chen, Zhou", year=2023, title="Diffusion-GAN", arxiv="2206.02262"),
+        Cite(
+            authors="Sauer, Boesel, Dockhorn, Blattmann, Esser, Rombach", year=2024, arxiv="2403.12015",
+            title="Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
+        ),
+        Cite(
+            authors="Yin, Gharbi, Park, Zhang, Shechtman, Durand, Freeman", year=2024, arxiv="2405.14867",
+            title="Improved Distribution Matching Distillation for Fast Image Synthesis",
+        ),
+    ),
+    suits=("generative models",),
+)  # fmt: skip
+
+Kind = Literal["softplus", "bce", "hinge"]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: Kind = "softplus") -> Tensor:
+    """Of logits (any shape), high for real. ``bce`` is ``softplus``, averaged; ``hinge`` stops at margins of 1."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    both = F.softplus(-real).mean() + F.softplus(fake).mean()
+    return both if kind == "softplus" else 0.5 * both
+
+
+def fooling_loss(fake: Tensor, kind: Kind = "softplus") -> Tensor:
+    """What the generator descends."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+class ConvHead(nn.Module):
+    """Features ``[B, C, h, w]`` or ``[B, T, C]`` and a class -> one logit ``[B]``; one small network per tapped layer,
+    averaged. It starts at zero."""
+
+    def __init__(self, channels: Sequence[int], classes: int | None, width: int = 64) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(c, width, 1), nn.GroupNorm(math.gcd(width, 8), width), nn.SiLU()) for c in channels
+        )
+        self.outs = nn.ModuleList(nn.Linear(width, 1) for _ in channels)
+        self.labels = nn.Embedding(classes + 1, width) if classes is not None else None
+        for out in self.outs:
+            nn.init.zeros_(out.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(out.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Sequence[Tensor], cond: Tensor) -> Tensor:
+        logits = []
+        for f, body, out in zip(features, self.bodies, self.outs, strict=True):
+            f = f.flatten(2) if f.dim() == 4 else f.transpose(1, 2)
+            h = body(f.float()).mean(2)
+            if self.labels is not None:
+                h = h * (1 + self.labels(cond))
+            logits.append(out(h)[:, 0])
+        return torch.stack(logits).mean(0)
+
+
+def mean_logits(features: Sequence[Tensor]) -> Tensor:
+    """A discriminator without parameters of its own: features averaged over channels ``[B, places]`` (SiDA, Zhou et
+    al., 2024, arXiv 2410.14919). The network that has the features learns to make them tell."""
+    return torch.cat(
+        [f.float().mean(1).flatten(1) if f.dim() == 4 else f.float().mean(2) for f in features], 1
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A discriminator, and how much it counts.
+
+    Args:
+        on: whose features it sees: the ``fake`` score's, which then learns with it, or the frozen ``teacher``'s.
+        learned: a head of its own; otherwise the mean over channels.
+        taps: modules of the network to look at; empty takes the network's own suggestion.
+        kind: of loss.
+        weight: in the generator's loss; 0 only estimates the density ratio.
+        critic_weight: in the critic's loss.
+        r1: weight of ``(logit(x) - logit(x + 0.1 n))^2``, which keeps it smooth.
+        law: noise levels at which it judges.
+        clip: bounds of the density ratio that is read from it, 1 / clip and clip.
+    """
+
+    on: Literal["fake", "teacher"] = "fake"
+    learned: bool = True
+    taps: tuple[str, ...] = ()
+    kind: Kind = "softplus"
+    weight: Annotated[float, Ge(0)] = 3e-3
+    critic_weight: Annotated[float, Ge(0)] = 1e-2
+    r1: Annotated[float, Ge(0)] = 0.0
+    law: TimeLaw = LogNormal()
+    clip: Annotated[float, Ge(1)] = 10.0
+
+    def layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Names of the tapped modules, from the denoiser."""
+        inner: Any = denoiser
+        return tuple(f"net.{name}" for name in self.taps or inner.net.taps)
+
+    def head(self, teacher: Denoiser, work: Work) -> nn.Module | None:
+        """A fresh head that fits the teacher's features; None without parameters."""
+        if not self.learned:
+            return None
+        x = torch.zeros(1, *work.shape, device=work.device)
+        with torch.no_grad(), tapped(teacher, self.layers(teacher)) as features:
+            teacher(x, teacher.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
+        channels = [f.shape[1] if f.dim() == 4 else f.shape[2] for f in features.values()]
+        return ConvHead(channels, teacher.classes)
+
+    def logits(self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
+        """Of clean samples, each at a fresh noise level: ``[B]``, or ``[B, places]`` without a head."""
+        net: Any = nets[self.on]
+        t = net.schedule.time(draw.ratios(self.law, len(x)))
+        with tapped(net, self.layers(net)) as features:
+            net(add_noise(net.schedule, x, draw.noise_like(x), t), t, cond)
+        return self.read(nets, list(features.values()), cond)
+
+    def read(self, nets: Nets, features: Sequence[Tensor], cond: Tensor) -> Tensor:
+        if "head" in nets:
+            out: Tensor = nets["head"](features, cond)
+            return out
+        return mean_logits(features)
+
+    def critic_loss(self, nets: Nets, sample: Sample, draw: Draw) -> Tensor:
+        x, cond = draw.real(len(sample.x))
+        real = self.logits(nets, x, cond, draw)
+        loss = discriminator_loss(real, self.logits(nets, sample.x.detach(), sample.cond, draw), self.kind)
+        if self.r1:
+            nudged = self.logits(nets, x + 0.1 * draw.noise_like(x), cond, draw)
+            loss = loss + self.r1 * (real - nudged).square().mean()
+        return self.critic_weight * loss
+
+    def generator_loss(self, nets: Nets, sample: Sample, draw: Draw) -> Tensor:
+        return self.weight * fooling_loss(self.logits(nets, sample.x, sample.cond, draw), self.kind)
+
+    def density_ratio(self, nets: Nets, features: Sequence[Tensor], cond: Tensor) -> Tensor:
+        """p_real / p_student ``[B]``: the exponential of the optimal logit, within bounds."""
+        logit = self.read(nets, features, cond)
+        logit = logit.mean(1) if logit.dim() > 1 else logit
+        bound = math.log(self.clip)
+        return logit.clamp(-bound, bound).exp()

@@ -1,0 +1,181 @@
+"""What a generator descends, and what its critic does: pure functions of clean samples, all in float32.
+
+Notation, as in the papers' common language: ``x`` the student's sample, ``x_t`` the same with noise, ``real`` and
+``fake`` what teacher and fake score say is under the noise (D_r, D_f), ``delta = real - fake``, ``rho = p_real /
+p_student``. No loss calls a network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Protocol
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.rollouts import Sample
+from atoll.diffusion.schedules import add_noise, shaped
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What both scores say of a sample at one noise level.
+
+    Attributes:
+        x_t, t: the noisy sample and its time ``[B]``.
+        ratio: sigma / alpha at t ``[B]``.
+        real, fake: the clean sample as teacher and fake score see it.
+        rho: the density ratio p_real / p_student at ``x_t`` ``[B]``, without graph; None where nobody estimates it.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    ratio: Tensor
+    real: Tensor
+    fake: Tensor
+    rho: Tensor | None = None
+
+
+class GeneratorLoss(Protocol):
+    package: ClassVar[str] = "atoll.diffusion.losses"
+    through_scores: ClassVar[bool]
+    """The gradient flows through both scores into ``x_t`` (their weights stay as they are)."""
+    needs_ratio: ClassVar[bool] = False
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        """A scalar."""
+        ...
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Per-sample inner product ``[B]``."""
+    return (a * b).flatten(1).sum(1)
+
+
+def over_distance(x: Tensor, real: Tensor) -> Tensor:
+    """1 / mean |x - real| per sample, at most 1e5, without graph: makes steps of equal size at all noise levels."""
+    return 1 / (x - real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+
+
+@dataclass(frozen=True)
+class DMDLoss(GeneratorLoss):
+    """The gradient of KL(student || teacher), ``w (fake - real)``, given to ``x`` (or to a noisy anchor)."""
+
+    through_scores: ClassVar[bool] = False
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        direction = (probe.fake - probe.real).detach() * shaped(over_distance(sample.x, probe.real), probe.real)
+        target = (sample.anchor - direction).detach()
+        return 0.5 * (sample.anchor - target).square().mean()
+
+
+@dataclass(frozen=True)
+class SiDLoss(GeneratorLoss):
+    """``w <delta, (real - x) - alpha delta>`` of score identity distillation (Zhou et al., 2024, arXiv 2404.04057).
+
+    Args:
+        alpha: how much of the squared difference is taken off again; 1 is SIM with the squared distance.
+    """
+
+    alpha: Annotated[float, Gt(0)] = 1.0
+    through_scores: ClassVar[bool] = True
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        delta = probe.real - probe.fake
+        per_sample = inner(delta, probe.real - sample.x - self.alpha * delta) / delta[0].numel()
+        return (over_distance(sample.x, probe.real) * per_sample).mean()
+
+
+@dataclass(frozen=True)
+class SIMLoss(GeneratorLoss):
+    """``<d'(delta), fake - x>`` of score implicit matching (Luo et al., 2024, arXiv 2410.16794).
+
+    Args:
+        distance: between the scores: ``"huber"``, sqrt(|y|^2 + c^2) - c, whose gradient is bounded; or ``"l2"``, |y|^2,
+            which is weighted per sample as SiD is.
+        c: where the Huber distance bends; None: 0.015 sqrt(numbers in a sample).
+    """
+
+    distance: Literal["huber", "l2"] = "huber"
+    c: Annotated[float, Gt(0)] | None = None
+    through_scores: ClassVar[bool] = True
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        delta = probe.real - probe.fake
+        size = delta[0].numel()
+        if self.distance == "l2":
+            return (over_distance(sample.x, probe.real) * inner(delta, probe.fake - sample.x) / size).mean()
+        c = self.c or 0.015 * size**0.5
+        slope = delta / shaped((inner(delta, delta) + c**2).sqrt(), delta)
+        loss: Tensor = inner(slope, probe.fake - sample.x).mean() / size**0.5
+        return loss
+
+
+# ------------------------------------------------------------------------------------------- critics
+
+
+class CriticLoss(Protocol):
+    """How the fake score learns what the student makes."""
+
+    package: ClassVar[str] = "atoll.diffusion.losses"
+
+    def __call__(self, guess: Tensor, sample: Sample, probe: Noisy) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Noisy:
+    """A sample with noise, for a denoising loss: ``x_t = a anchor + b eps`` at time t, with sigma / alpha = ratio."""
+
+    x_t: Tensor
+    t: Tensor
+    ratio: Tensor
+    eps: Tensor
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Denoising(CriticLoss):
+    """``(1 / sigma^2 + 1 / sigma_data^2) |guess - x|^2``: plain denoising score matching, weighted as in EDM.
+
+    Args:
+        sigma_data: standard deviation of the data.
+    """
+
+    sigma_data: Annotated[float, Gt(0)] = 0.5
+
+    def __call__(self, guess: Tensor, sample: Sample, probe: Noisy) -> Tensor:
+        return denoising_loss(guess, sample.x.detach(), probe.ratio, self.sigma_data).mean()
+
+
+def denoising_loss(guess: Tensor, x0: Tensor, ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM's weighted squared error per sample ``[B]``, averaged over numbers."""
+    return (ratio**-2 + sigma_data**-2) * (guess - x0).square().flatten(1).mean(1)
+
+
+def training_loss(denoiser: Denoiser, x0: Tensor, cond: Tensor, ratio: Tensor, eps: Tensor) -> Tensor:
+    """What a denoiser is trained with, per sample ``[B]``: EDM's weighted error for the preconditioned form, the plain
+    squared error of what the network says (noise, velocity, ...) otherwise."""
+    schedule = denoiser.schedule
+    t = schedule.time(ratio)
+    x_t = add_noise(schedule, x0, eps, t)
+    if denoiser.predicts in ("edm", "x0"):
+        return denoising_loss(denoiser(x_t, t, cond), x0, ratio, denoiser.sigma_data)
+    alpha, sigma = shaped(schedule.alpha(t), x0), shaped(schedule.sigma(t), x0)
+    d_alpha, d_sigma = shaped(schedule.d_alpha(t), x0), shaped(schedule.d_sigma(t), x0)
+    target = {"eps": eps, "v": alpha * eps - sigma * x0, "flow": d_alpha * x0 + d_sigma * eps}[denoiser.predicts]
+    said = denoiser.predict(x_t, t, cond, denoiser.predicts)
+    return (said - target).square().flatten(1).mean(1)
+
+
+def hidden(denoiser: Denoiser, cond: Tensor, hide: Tensor) -> Tensor:
+    """``cond`` with the null condition in the rows where ``hide`` ``[B]`` is true."""
+    return torch.where(shaped(hide, cond), denoiser.null(cond), cond)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c per sample ``[B]``; c is 0.00054 sqrt(numbers in a sample) by default."""
+    c = 0.00054 * a[0].numel() ** 0.5 if c is None else c
+    return (inner(a - b, a - b) + c**2).sqrt() - c

@@ -1,0 +1,94 @@
+"""A many-step model trained here, once per machine: what serves as the pretrained one in recipes, claims and tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+from torch import nn
+
+from atoll.core.build import describe
+from atoll.core.errors import DataError, MessageError
+from atoll.core.files import user_cache, write_atomic
+from atoll.core.message import NO_LIMITS, Message, decode, detach, encode, seal, unseal
+from atoll.core.tree import clone, copy_, named_tensors
+from atoll.data.dataset import Info
+from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.distiller import Conditions, Images, Work
+from atoll.diffusion.evaluate import describe_rows
+from atoll.diffusion.methods.edm_fm_teacher import EdmFmTeacher
+from atoll.diffusion.schedules import EDM, RF
+from atoll.diffusion.trainer import Trainer
+from atoll.models.model import ModelBuilder, build_model
+from atoll.models.unet import UNet
+
+EDITION = 1
+"""Of the training below: another one gives other weights, and so another name in the cache."""
+
+
+def make_denoiser(
+    network: ModelBuilder, info: Info, seed: int, kind: Literal["edm", "flow"] = "edm", sigma_data: float = 0.5
+) -> Denoiser:
+    """An untrained denoiser for a data set's rows and classes.
+
+    Raises:
+        DataError: for a network that does not denoise.
+    """
+    if not network.denoises:
+        raise DataError(f"{type(network).__name__} does not take a noise level; choose `unet` or `dit` as the model.")
+    classes = info.num_classes or 1
+    net: nn.Module = build_model(network, info, classes, seed)
+    if kind == "edm":
+        return Denoiser(net, EDM(), "edm", classes=classes, sigma_data=sigma_data)
+    return Denoiser(net, RF(), "flow", classes=classes, sigma_data=sigma_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A denoiser trained on real rows, kept in the user's cache under a hash of all that it depends on.
+
+    Args:
+        model: the network.
+        kind: ``edm`` (preconditioned, variance exploding) or ``flow`` (rectified flow).
+        steps: of training.
+        batch: images a step.
+        lr: largest step size of Adam.
+        seed: of weights, noise and order.
+    """
+
+    model: ModelBuilder = UNet()
+    kind: Literal["edm", "flow"] = "edm"
+    steps: Annotated[int, Ge(0)] = 3000
+    batch: Annotated[int, Ge(1)] = 128
+    lr: Annotated[float, Gt(0)] = 2e-3
+    seed: int = 0
+
+    def denoiser(self, images: Images, device: str = "cpu") -> Denoiser:
+        """The trained model, from the cache or trained now (an interrupted training goes on where it was)."""
+        info = images.data.info
+        made = make_denoiser(self.model, info, self.seed, self.kind, images.sigma_data)
+        said = json.dumps([EDITION, describe(self), describe_rows(images)], sort_keys=True)
+        name = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        folder = user_cache() / "teachers"
+        path = folder / f"{name}.safetensors"
+        try:
+            copy_(named_tensors(made), detach(unseal(decode(path.read_bytes(), NO_LIMITS))).parts["weights"])
+            return made.to(device).eval()
+        except FileNotFoundError:
+            pass
+        except MessageError:
+            path.unlink(missing_ok=True)  # damaged: train again
+        work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, self.seed, self.batch, device)
+        trainer = Trainer(EdmFmTeacher(lr=self.lr), made, work, self.steps, folder / f"{name}.partial")
+        bill = trainer.go(label="training the teacher")
+        best: nn.Module = trainer.nets["student_ema"]
+        folder.mkdir(parents=True, exist_ok=True)
+        message = Message("teacher", {"weights": clone(named_tensors(best))}, {"cpu_seconds": bill.cpu_seconds})
+        write_atomic(path, encode(seal(message)))
+        shutil.rmtree(folder / f"{name}.partial", ignore_errors=True)
+        made.load_state_dict(best.state_dict())
+        return made.eval().requires_grad_(True)

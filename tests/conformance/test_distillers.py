@@ -1,0 +1,107 @@
+"""Every way to make a few-step generator, against what all of them promise (``atoll/diffusion/distiller.py``)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atoll.core.build import describe, find, names_in
+from atoll.core.tree import clone, equal, named_tensors
+from atoll.data.sources.digits import Digits
+from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
+from atoll.diffusion.teacher import make_denoiser
+from atoll.diffusion.trainer import Trainer
+from atoll.models.unet import UNet
+
+METHODS = names_in(Distiller.package, Distiller)
+ARGUMENTS: dict[str, dict[str, Any]] = {}
+"""What makes a method small enough for a test."""
+STEPS = 6
+
+
+def make(name: str) -> Any:
+    return find(Distiller.package, name, Distiller)(**ARGUMENTS.get(name, {}))
+
+
+def world(name: str) -> tuple[Denoiser, Work]:
+    images = Images(Digits().load().train)
+    teacher = make_denoiser(UNet(width=8), images.data.info, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    needs_images = make(name).needs == "images"
+    work = Work(images.data.info.shape, Conditions.classes(10), images if needs_images else None, seed=5, batch=12)
+    return teacher, work
+
+
+def samples(method: Any, trainer: Trainer, calls: int) -> torch.Tensor:
+    z = torch.randn(10, *trainer.work.shape, generator=torch.Generator().manual_seed(1))
+    made: torch.Tensor = method.generate(trainer.nets, z, torch.arange(10), calls, torch.Generator().manual_seed(2))
+    return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_resumes_to_the_same_bits_and_leaves_the_teacher_alone(name: str, tmp_path: Path) -> None:
+    method = make(name)
+    teacher, work = world(name)
+    before = clone(named_tensors(teacher))
+
+    straight = Trainer(method, copy.deepcopy(teacher), work, STEPS, tmp_path / "straight")
+    straight.go()
+
+    broken = Trainer(method, copy.deepcopy(teacher), work, STEPS, tmp_path / "broken")
+    for step in broken.iterate():
+        if step == STEPS // 2:
+            broken.save()
+            break
+    resumed = Trainer(method, teacher, work, STEPS, tmp_path / "broken")
+    resumed.go()
+
+    assert resumed.step == straight.step == STEPS
+    for role, module in straight.nets.items():
+        assert equal(named_tensors(module), named_tensors(resumed.nets[role])), role
+    assert equal(before, named_tensors(teacher))
+    for calls in method.few:
+        made = samples(method, straight, calls)
+        assert made.shape == (10, *work.shape)
+        assert torch.isfinite(made).all()
+        assert not made.requires_grad
+        assert torch.equal(made, samples(method, resumed, calls))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sampling_calls_networks_as_often_as_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The billed number: rows that go through any denoiser, per sample."""
+    method = make(name)
+    teacher, work = world(name)
+    trainer = Trainer(method, teacher, work, STEPS)
+    trainer.prepare()
+    rows = 0
+    plain = Denoiser.forward
+
+    def counted(self: Denoiser, x_t: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        nonlocal rows
+        rows += len(x_t)
+        return plain(self, x_t, *args, **more)
+
+    monkeypatch.setattr(Denoiser, "forward", counted)
+    for calls in method.few:
+        rows = 0
+        samples(method, trainer, calls)
+        assert rows == 10 * calls, f"{name} says {calls} calls and makes {rows / 10}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_plain_data(name: str) -> None:
+    """A method is a value: equal ones compare equal, and its description builds it again."""
+    method = make(name)
+    assert dataclasses.is_dataclass(method)
+    assert method == make(name)
+    assert describe(method)["name"] == name
