@@ -14,19 +14,9 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from atoll.core.card import Card, Cite
 from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.schedules import shaped
-
-CARD = Card(
-    name="cfg",
-    area="guidance",
-    summary="conditional and unconditional prediction of one network, extrapolated",
-    cites=(Cite(authors="Ho, Salimans", year=2022, title="Classifier-Free Diffusion Guidance", arxiv="2207.12598"),),
-    suits=("generative models",),
-)
-
 
 @dataclass(frozen=True)
 class Guidance:
@@ -62,13 +52,3 @@ class Guidance:
         ratio = denoiser.schedule.ratio(t)
         inside = shaped((ratio >= self.low) & (ratio <= self.high), x_t)
         return torch.where(inside, null + self.scale * (given - null), given)
-
-
-def cfg(scale: float = 2.0, low: float = 0.0, high: float = float("inf")) -> Guidance:
-    """Classifier-free guidance (Ho and Salimans, 2022, arXiv 2207.12598).
-
-    Args:
-        scale: 1 is off; the papers' other convention is this minus 1.
-        low, high: guide only where sigma / alpha lies between.
-    """
-    return Guidance(scale, low, high)

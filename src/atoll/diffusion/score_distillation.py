@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from atoll.diffusion.adversary import Adversary
+from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.denoiser import Denoiser, tapped
 from atoll.diffusion.distiller import Distiller, Draw, Needs, Nets, Role, Update, Work, best
 from atoll.diffusion.guidance import Guidance
