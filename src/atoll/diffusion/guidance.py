@@ -18,6 +18,7 @@ from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.schedules import shaped
 
+
 @dataclass(frozen=True)
 class Guidance:
     """How strongly a condition is followed.

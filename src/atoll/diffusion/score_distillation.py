@@ -15,9 +15,9 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.denoiser import Denoiser, tapped
 from atoll.diffusion.distiller import Distiller, Draw, Needs, Nets, Role, Update, Work, best
+from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.guidance import Guidance
 from atoll.diffusion.losses import CriticLoss, Denoising, DMDLoss, GeneratorLoss, Noisy, Probe, hidden
 from atoll.diffusion.rollouts import OneStep, Rollout, Sample
