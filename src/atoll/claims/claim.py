@@ -28,12 +28,14 @@ class Claim:
         statement: what is claimed, in one sentence.
         source: the paper.
         headline: the paper's own figure.
+        stage: what an arm is: a federated run, or the making of a few-step generator (``recipes/distil.py``).
         work: recipe fields that all arms share.
         arms: per arm, the recipe fields that differ.
         tune: per arm (or ``all``), fields and the values to try; chosen by the metric on ``tune_seed``.
         metric: ``final`` or ``mean_last`` (of the task's headline over the last fifth of the evaluations),
             ``time_to`` (virtual seconds until the headline reaches ``target``), ``worst_site`` (the worst decile
-            of the sites' headline), ``bytes`` (up and down).
+            of the sites' headline), ``bytes`` (up and down). For distillation: what the judge says at the
+            first of an arm's ``calls``.
         measure: one of the task's metrics instead of its headline, e.g. ``residual``.
         target: for ``time_to``.
         seeds: each arm runs once per seed.
@@ -48,6 +50,7 @@ class Claim:
     statement: str
     source: str = ""
     headline: str = ""
+    stage: Literal["federate", "distil"] = "federate"
     work: Mapping[str, Any] = field(default_factory=dict)
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tune: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from atoll.claims.claim import COMPARISON, Claim, load_claim
+from atoll.claims.distil import measure_distil
 from atoll.claims.verdict import judge
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_json
 from atoll.core.progress import progress
 from atoll.federated.engine import Engine
+from atoll.recipes.distil import Distil, read_distil
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.record import LOWER
 from atoll.recipes.run import evaluate, prepare, versions
@@ -78,7 +80,7 @@ def run_claim(claim: Claim) -> dict[str, Any]:
         comparisons.append({"expect": text, "verdict": verdict})
     return {
         "name": claim.name, "subject": claim.subject, "statement": claim.statement, "source": claim.source,
-        "headline": claim.headline, "metric": claim.metric, "measure": claim.measure, "target": claim.target,
+        "headline": claim.headline, "stage": claim.stage, "metric": claim.metric, "measure": claim.measure, "target": claim.target,
         "note": claim.note,
         "comparisons": comparisons, "arms": arms, "seconds": time.time() - started, "commit": commit,
         "versions": versions(), "machine": machine(),
@@ -97,7 +99,7 @@ def _tries(claim: Claim, arm: str) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Recipe:
+def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Recipe | Distil:
     value = _merged(copy.deepcopy(dict(claim.work)), claim.arms[arm])
     for place, new in change.items():
         *path, last = place.split(".")
@@ -108,7 +110,8 @@ def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Rec
             at = at.setdefault(step, {})
         at[last] = new
     value.update(name=f"{claim.name}-{arm}", seed=seed)
-    return read_recipe(value, f"claim {claim.name}, arm {arm}")
+    where = f"claim {claim.name}, arm {arm}"
+    return read_distil(value, where) if claim.stage == "distil" else read_recipe(value, where)
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +121,10 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _measure(claim: Claim, recipe: Recipe) -> dict[str, Any]:
+def _measure(claim: Claim, recipe: Recipe | Distil) -> dict[str, Any]:
     """One run of one arm: the claim's metric, and what it cost."""
+    if isinstance(recipe, Distil):
+        return measure_distil(claim.measure or "fid", recipe)
     prepared = prepare(recipe)
     started = time.perf_counter()
     workers = recipe.backend.open(prepared.setup)

@@ -58,6 +58,11 @@ def claims_page(found: list[dict[str, Any]]) -> str:
         lines += ["", f"## {r['name']}", "", r["statement"], ""]
         if r["source"]:
             lines.append(f"Source: {r['source']}." + (f" The paper: {r['headline']}" if r["headline"] else ""))
+        if r.get("stage") == "distil":
+            lines += ["", *few_step_table([r]), ""]
+            lines += [r["note"], ""] if r["note"] else []
+            lines.append(_made(r))
+            continue
         measure = f" of {r['measure']}" if r.get("measure") else ""
         metric = r["metric"] + measure + (f" {r['target']}" if r["target"] is not None else "")
         lines += ["", f"| arm | {metric}, mean (sd) | MB up + down | seconds a run | chosen |", "|---|---|---|---|---|"]
@@ -67,16 +72,41 @@ def claims_page(found: list[dict[str, Any]]) -> str:
             seconds = statistics.fmean(s["seconds"] for s in a["seeds"])
             chosen = ", ".join(f"{k.removeprefix('method.')} {v}" for k, v in a["chosen"].items()) or "-"
             lines.append(f"| {arm} | {_mean(values)} | {traffic:.1f} | {seconds:.1f} | {chosen} |")
-        seeds = ", ".join(str(s["seed"]) for s in next(iter(r["arms"].values()))["seeds"])
         lines.append("")
         if r["note"]:
             lines += [r["note"], ""]
-        m, v = r["machine"], r["versions"]
-        lines.append(
-            f"Seeds {seeds}; {r['when']}, commit {r['commit']}, torch {v['torch']}, Python {v['python']}, "
-            f"{m['processor']} ({m['cores']} cores); {r['seconds']:.0f} s in all."
-        )
+        lines.append(_made(r))
     return "\n".join(lines) + "\n"
+
+
+def _made(r: dict[str, Any]) -> str:
+    """When and on what a record was made."""
+    seeds = ", ".join(str(s["seed"]) for s in next(iter(r["arms"].values()))["seeds"])
+    m, v = r["machine"], r["versions"]
+    return (
+        f"Seeds {seeds}; {r['when']}, commit {r['commit']}, torch {v['torch']}, Python {v['python']}, "
+        f"{m['processor']} ({m['cores']} cores); {r['seconds']:.0f} s in all."
+    )
+
+
+JUDGED = ("fid", "precision", "recall", "agreement", "diversity", "cpu_seconds_per_1000")
+
+
+def few_step_table(found: list[dict[str, Any]]) -> list[str]:
+    """Arms that make generators, a row each: what they need and cost, and what the judge says (means over seeds)."""
+    head = ["arm", "data", "calls", "FID", "precision", "recall", "class agreement", "diversity", "CPU-s per 1,000"]
+    head += ["training CPU-s", "trained"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in found:
+        for arm, a in r["arms"].items():
+            seeds = a["seeds"]
+            fid = _mean([s["judged"]["fid"] for s in seeds])
+            cells = [arm, seeds[0]["needs"], str(seeds[0]["calls"]), fid]
+            cells += [f"{statistics.fmean(s['judged'][k] for s in seeds):.3g}" for k in JUDGED[1:]]
+            cells += [f"{statistics.fmean(s['cpu_seconds'] for s in seeds):.0f}"]
+            cells += [f"{seeds[0]['trained_parameters'] / 1e6:.2f}M"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _mean(values: list[float]) -> str:

@@ -284,7 +284,7 @@ def _default_of(name: str) -> Any:
     return {"name": default["name"]} if isinstance(default, dict) and "name" in default else {}
 
 
-def recipe_config(recipe: Recipe) -> dict[str, Any]:
+def recipe_config(recipe: Any) -> dict[str, Any]:
     """The resolved recipe: plain values, every default spelled out."""
     out: dict[str, Any] = describe(recipe)
     return out

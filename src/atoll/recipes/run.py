@@ -226,7 +226,8 @@ def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: i
     facts: dict[str, Any] = {"method": setup.method.card.name}
     if hasattr(task, "network"):  # a task of your own may build its model in its own way
         builder = setup.method.share.exported(network_at(site, task.network, task.site_networks), model)
-        facts |= about_model(builder, setup.federation.info, task.outputs, recipe.seed)
+        wrapper = getattr(task, "wrapper", None)
+        facts |= about_model(builder, setup.federation.info, task.outputs, recipe.seed, wrapper)
     save_model(model, folder, facts)
 
 

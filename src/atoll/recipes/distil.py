@@ -1,0 +1,260 @@
+"""A stage that makes a fast generator: a teacher, a method, a judge; nothing of it needs a site.
+
+Its run directory is that of every run: ``recipe.yaml``, ``events.jsonl``, ``state/``, ``model/``, ``report.html``. A
+    killed stage goes on from its last checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from atoll.core.build import Reader, describe
+from atoll.core.errors import AtollError, RecipeError, RunError
+from atoll.core.files import read_json_lines, write_atomic
+from atoll.data.source import Source
+from atoll.data.sources.digits import Digits
+from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
+from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
+from atoll.diffusion.methods.sim import SIM
+from atoll.diffusion.solvers import Sampler
+from atoll.diffusion.teacher import Teacher
+from atoll.diffusion.trainer import Trainer
+
+EVENTS = 50
+"""Lines of losses that a run writes, however many steps it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil:
+    """Make a few-step generator from a many-step one.
+
+    Args:
+        name: of the run and its directory.
+        seed: root of all random streams.
+        data: real rows: for the judge, for a teacher that is trained here, and for methods that need images.
+        limit: use at most so many of them.
+        teacher: the many-step model; trained here, once per machine.
+        start: folder of a saved denoiser that is the teacher instead.
+        method: how the student is made.
+        steps: of training; None takes what ``budget`` pays for.
+        budget: floating-point operations of training, in units of 10^12: equal work for different methods.
+        batch: samples per loss.
+        calls: calls per sample at which the student is judged; None: those that its method is made for.
+        samples: that the judge looks at.
+        compare: the teacher's own sampling, judged beside the student's.
+        precision: ``bf16`` computes the networks in bfloat16.
+        compiled: fuse the networks with ``torch.compile``.
+        device: where tensors live.
+        threads: for one operator.
+    """
+
+    name: str = "distil"
+    seed: int = 0
+    data: Source = field(default_factory=Digits)
+    limit: Annotated[int, Ge(1)] | None = None
+    teacher: Teacher = field(default_factory=Teacher)
+    start: str | None = None
+    method: Distiller = field(default_factory=SIM)
+    steps: Annotated[int, Ge(0)] | None = None
+    budget: Annotated[float, Gt(0)] | None = None
+    batch: Annotated[int, Ge(1)] = 128
+    calls: tuple[Annotated[int, Ge(1)], ...] | None = None
+    samples: Annotated[int, Ge(20)] = 2000
+    compare: tuple[Sampler, ...] = ()
+    precision: Literal["float32", "bf16"] = "float32"
+    compiled: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    threads: Annotated[int, Ge(1), Ge(1)] = 1
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.budget is None:
+            raise AtollError("Say how long to train: `steps`, or a `budget` of 10^12 floating-point operations.")
+
+
+def read_distil(value: Any, where: str = "recipe") -> Distil:
+    """A stage from plain mappings; raises :class:`RecipeError` with all problems at once."""
+    if not isinstance(value, Mapping):
+        raise RecipeError(["a stage is a mapping such as `method: sim`"], where)
+    reader = Reader()
+    recipe = reader.call(Distil, {k: v for k, v in value.items() if k != "stage"}, "")
+    if reader.problems:
+        raise RecipeError(reader.problems, where)
+    assert isinstance(recipe, Distil)
+    return recipe
+
+
+@dataclass
+class Ready:
+    """A stage whose data is loaded and whose teacher is there."""
+
+    recipe: Distil
+    images: Images
+    teacher: Denoiser
+    work: Work
+    device: str
+
+    @property
+    def conditions(self) -> Tensor:
+        return self.work.conditions.rows
+
+
+def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | None = None) -> Ready:
+    """Load the data and the teacher. ``images`` and ``teacher``: from an earlier stage."""
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("`device: cuda` needs a GPU that PyTorch can use, and there is none; use `device: auto`.")
+    if images is None:
+        rows = recipe.data.load().train
+        images = Images(rows.select(range(recipe.limit)) if recipe.limit and recipe.limit < len(rows) else rows)
+    info = images.data.info
+    if teacher is None:
+        teacher = _saved(Path(recipe.start)) if recipe.start else recipe.teacher.denoiser(images, device)
+    given = images if recipe.method.needs == "images" else None
+    work = Work(info.shape, Conditions.classes(info.num_classes or 1), given, recipe.seed, recipe.batch, device)
+    return Ready(recipe, images, teacher, work, device)
+
+
+def _saved(folder: Path) -> Denoiser:
+    from atoll.models.export import load_model
+
+    model = load_model(folder)
+    if not isinstance(model, Denoiser):
+        raise RunError(f"`{folder}` holds no denoiser, so it cannot be a teacher.")
+    return model
+
+
+class DistilRun:
+    """A run directory that is being written."""
+
+    def __init__(self, folder: Path, ready: Ready) -> None:
+        self.folder, self.ready = folder, ready
+        self.events = folder / "events.jsonl"
+
+    def trainer(self) -> Trainer:
+        r = self.ready.recipe
+        made = Trainer(
+            r.method, self.ready.teacher, self.ready.work, r.steps or 0, self.folder / "state", r.precision, r.compiled
+        )
+        made.steps = steps_of(r, made)
+        return made
+
+    def go(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+        """Train to the end, judge, export. Returns the summary (the ``end`` event)."""
+        recipe = self.ready.recipe
+        torch.set_num_threads(recipe.threads)
+        trainer = self.trainer()
+        resumed = trainer.load()
+        kept = [e for e in self._read() if e.get("step", 0) <= trainer.step] if resumed else []
+        write_atomic(self.events, *(json.dumps(e).encode() + b"\n" for e in kept), durable=False)
+        if not resumed:
+            self._append(self._start(trainer))
+        every = max(1, trainer.steps // EVENTS)
+
+        def note(step: int, losses: dict[str, float]) -> None:
+            if step % every == 0 or step == trainer.steps:
+                self._append({"event": "step", "step": step, "losses": losses})
+            if on_step is not None:
+                on_step(step, losses)
+
+        bill = trainer.go(note, f"{recipe.name}: {described(recipe.method)}")
+        judged = self._judge(trainer)
+        self._export(trainer)
+        end = {
+            "event": "end", "at": _now(), "steps": trainer.steps, "judged": judged, "samples": bill.samples,
+            "cpu_seconds": bill.cpu_seconds, "seconds": bill.seconds, "teacher_seconds": bill.material_cpu_seconds,
+            "trained_parameters": sum(
+                p.numel() for r in trainer.roles.values() if r.lr for p in r.module.parameters() if p.requires_grad
+            ),
+        }  # fmt: skip
+        self._append(end)
+        return end
+
+    def _judge(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """One entry per way of sampling: what, calls, metrics; a few samples of each go into ``state/``."""
+        ready, recipe = self.ready, self.ready.recipe
+        reference = Reference.of(ready.images, make_judge(ready.images))
+        ways: list[tuple[str, int, Any]] = [
+            (f"teacher, {s.solver} {s.steps}", s.calls, lambda z, c, g, s=s: s(ready.teacher, z, c))
+            for s in recipe.compare
+        ]
+        for calls in recipe.calls or recipe.method.few:
+            ways.append((
+                f"{described(recipe.method)}", calls,
+                lambda z, c, g, n=calls: recipe.method.generate(trainer.nets, z, c, n, g),
+            ))  # fmt: skip
+        out: list[dict[str, Any]] = []
+        for label, calls, generate in ways:
+            metrics, x = judge_generator(
+                reference, generate, ready.work.shape, ready.conditions, samples=recipe.samples, device=ready.device
+            )
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            out.append({"way": label, "calls": calls, "metrics": finite, "shown": len(out)})
+            self._keep(len(out) - 1, x[: 2 * len(ready.conditions)])
+        return out
+
+    def _keep(self, place: int, x: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        (self.folder / "state").mkdir(parents=True, exist_ok=True)
+        save_file({"x": x.contiguous()}, self.folder / "state" / f"samples{place}.safetensors")
+
+    def _export(self, trainer: Trainer) -> None:
+        from atoll.models.export import save_model
+
+        nets: Mapping[str, Any] = trainer.nets
+        student = nets.get("student_ema", nets.get("student"))
+        if student is None:
+            return
+        facts = {"method": described(self.ready.recipe.method), "calls": list(self.ready.recipe.method.few)}
+        save_model(student, self.folder / "model", facts)
+
+    def _start(self, trainer: Trainer) -> dict[str, Any]:
+        ready = self.ready
+        info = ready.images.data.info
+        return {
+            "event": "start", "at": _now(), "name": ready.recipe.name, "method": described(ready.recipe.method),
+            "needs": ready.recipe.method.needs, "data": info.name, "steps": trainer.steps,
+            "parameters": sum(p.numel() for p in ready.teacher.parameters()),
+        }  # fmt: skip
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [e for e in read_json_lines(self.events) if e.get("event") != "end"]
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        with open(self.events, "ab") as f:
+            f.write(json.dumps(event, default=float).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def steps_of(recipe: Distil, trainer: Trainer) -> int:
+    """``recipe.steps``, or as many as its budget pays for: operations are counted on one step."""
+    if recipe.steps is not None:
+        return recipe.steps
+    assert recipe.budget is not None
+    trainer.prepare()
+    each = trainer.flops_per_step()
+    return max(1, int(recipe.budget * 1e12 / each)) if each else 0
+
+
+def described(method: Distiller) -> str:
+    """Its name in recipes."""
+    return str(describe(method)["name"])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
