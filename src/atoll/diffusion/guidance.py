@@ -39,7 +39,8 @@ class Guidance:
     @property
     def calls(self) -> int:
         """Calls of the network (rows, not batches) per prediction."""
-        return 1 if self.scale in (0.0, 1.0) and self.low == 0 and self.high == float("inf") else 2
+        everywhere = self.low == 0 and self.high == float("inf")
+        return 1 if self.scale == 1.0 or (self.scale == 0.0 and everywhere) else 2
 
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, **more: Any) -> Tensor:
         """The guided clean sample; conditional and null rows go through the network in one batch."""

@@ -135,8 +135,8 @@ class VP(NoiseSchedule):
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def time(self, ratio: Tensor) -> Tensor:
-        rise = self.beta_max - self.beta_min
-        return ((self.beta_min**2 + 2 * rise * torch.log1p(ratio**2)).sqrt() - self.beta_min) / rise
+        grown = 2 * torch.log1p(ratio**2)  # rise t^2 + 2 beta_min t, solved without a difference of near equals
+        return grown / ((self.beta_min**2 + (self.beta_max - self.beta_min) * grown).sqrt() + self.beta_min)
 
 
 def shaped(t: Tensor, like: Tensor) -> Tensor:

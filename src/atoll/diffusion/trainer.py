@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -129,7 +130,8 @@ class Trainer:
         with seeded(self.work.seed, "distil", "global", self.step):
             turns = self.method.updates(nets, draw)
             while True:
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                # without the cache: it may hold weights as a call without gradients saw them
+                with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False):
                     turn = next(turns, None)
                 if turn is None:
                     break
@@ -153,11 +155,10 @@ class Trainer:
             role = self.roles[name]
             for p in parameters:
                 p.grad = gradients[p]
-            if role.clip is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, role.clip)
-                if not torch.isfinite(norm):  # one bad batch must not end the run: it is left out
-                    for p in parameters:
-                        p.grad = None
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if role.clip is None else role.clip)
+            if not torch.isfinite(norm):  # one bad batch must not end the run: it is left out
+                for p in parameters:
+                    p.grad = None
             self.optimisers[name].param_groups[0]["lr"] = role.lr_at(self.step, self.steps)
             self.optimisers[name].step()
             for p in parameters:
@@ -175,6 +176,7 @@ class Trainer:
         numbers = [n for n in theirs if theirs[n].is_floating_point()]
         with torch.no_grad():
             torch._foreach_lerp_([theirs[n] for n in numbers], [ours[n] for n in numbers], 1 - decay)
+            copy_(theirs, {n: ours[n] for n in theirs if n not in numbers})  # counters have no average
 
     def flops_per_step(self) -> float:
         """Floating-point operations of a step, counted on one that is then taken back."""
@@ -229,7 +231,7 @@ class Trainer:
                     moments[f"{i}.{key}"] = torch.as_tensor(value)
             parts[f"adam.{name}"] = moments
         bill = {name: getattr(self.bill, name) for name in Bill.__slots__}
-        return Message("distil", parts, {"step": self.step, "updates": self.updates_done, "bill": bill})
+        return Message("distil", parts, {"step": self.step, "updates": dict(self.updates_done), "bill": bill})
 
     def restore(self, message: Message) -> None:
         """Put a :meth:`state` back. Raises :class:`RunError` when it is another method's."""
