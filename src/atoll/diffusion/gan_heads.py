@@ -55,9 +55,15 @@ def fooling_loss(fake: Tensor, kind: Kind = "softplus") -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
+def places(f: Tensor) -> Tensor:
+    """Features ``[B, C, h, w]``, ``[B, T, C]`` or ``[B, C]`` as ``[B, C, places]``, float32."""
+    f = f.float()
+    return f[..., None] if f.dim() == 2 else f.flatten(2) if f.dim() == 4 else f.transpose(1, 2)
+
+
 class ConvHead(nn.Module):
-    """Features ``[B, C, h, w]`` or ``[B, T, C]`` and a class -> one logit ``[B]``; one small network per tapped layer,
-    averaged. It starts at zero."""
+    """Features (see :func:`places`) and a class -> one logit ``[B]``; one small network per tapped layer, averaged. It
+    starts at zero."""
 
     def __init__(self, channels: Sequence[int], classes: int | None, width: int = 64) -> None:
         super().__init__()
@@ -73,8 +79,7 @@ class ConvHead(nn.Module):
     def forward(self, features: Sequence[Tensor], cond: Tensor) -> Tensor:
         logits = []
         for f, body, out in zip(features, self.bodies, self.outs, strict=True):
-            f = f.flatten(2) if f.dim() == 4 else f.transpose(1, 2)
-            h = body(f.float()).mean(2)
+            h = body(places(f)).mean(2)
             if self.labels is not None:
                 h = h * (1 + self.labels(cond))
             logits.append(out(h)[:, 0])
@@ -84,9 +89,7 @@ class ConvHead(nn.Module):
 def mean_logits(features: Sequence[Tensor]) -> Tensor:
     """A discriminator without parameters of its own: features averaged over channels ``[B, places]`` (SiDA, Zhou et
     al., 2024, arXiv 2410.14919). The network that has the features learns to make them tell."""
-    return torch.cat(
-        [f.float().mean(1).flatten(1) if f.dim() == 4 else f.float().mean(2) for f in features], 1
-    )  # fmt: skip
+    return torch.cat([places(f).mean(1) for f in features], 1)
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,7 @@ class Adversary:
         x = torch.zeros(1, *work.shape, device=work.device)
         with torch.no_grad(), tapped(teacher, self.layers(teacher)) as features:
             teacher(x, teacher.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
-        channels = [f.shape[1] if f.dim() == 4 else f.shape[2] for f in features.values()]
-        return ConvHead(channels, teacher.classes)
+        return ConvHead([places(f).shape[1] for f in features.values()], teacher.classes)
 
     def logits(self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
         """Of clean samples, each at a fresh noise level: ``[B]``, or ``[B, places]`` without a head."""

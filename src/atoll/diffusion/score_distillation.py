@@ -15,6 +15,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser, tapped
 from atoll.diffusion.distiller import Distiller, Draw, Needs, Nets, Role, Update, Work, best
 from atoll.diffusion.gan_heads import Adversary
@@ -72,6 +73,11 @@ class ScoreDistillation(Distiller):
     # ---------------------------------------------------------------- who takes part
 
     def roles(self, teacher: Denoiser, work: Work) -> dict[str, Role]:
+        if self.loss.needs_ratio and self.adversary is None:
+            raise AtollError(
+                f"{type(self.loss).__name__} needs the density ratio of real to generated samples, which a "
+                "discriminator estimates; give the method an `adversary`."
+            )
         roles = {
             "teacher": Role(teacher, saved=False),
             "student": Role(work.copy_of(teacher), self.lr, ema=self.ema),
@@ -116,11 +122,13 @@ class ScoreDistillation(Distiller):
         """Both scores at a fresh noise level, with a graph to ``x_t`` where the loss asks for one."""
         teacher, fake = nets["teacher"], nets["fake"]
         noisy = self.noisy(teacher, sample, draw, self.law)  # type: ignore[arg-type]
-        layers = self.adversary.layers(fake) if self.loss.needs_ratio and self.adversary is not None else ()  # type: ignore[arg-type]
-        with nullcontext() if self.loss.through_scores else torch.no_grad():
+        judge, layers = fake, ()
+        if self.loss.needs_ratio and self.adversary is not None:
+            judge = nets[self.adversary.on]
+            layers = self.adversary.layers(judge)  # type: ignore[arg-type,assignment]
+        with nullcontext() if self.loss.through_scores else torch.no_grad(), tapped(judge, layers) as features:
             real = self.guidance(teacher, noisy.x_t, noisy.t, sample.cond)  # type: ignore[arg-type]
-            with tapped(fake, layers) as features:
-                guessed = self.fake_guidance(fake, noisy.x_t, noisy.t, sample.cond)  # type: ignore[arg-type]
+            guessed = self.fake_guidance(fake, noisy.x_t, noisy.t, sample.cond)  # type: ignore[arg-type]
         rho = None
         if self.loss.needs_ratio:
             assert self.adversary is not None
