@@ -80,7 +80,8 @@ def run_claim(claim: Claim) -> dict[str, Any]:
         comparisons.append({"expect": text, "verdict": verdict})
     return {
         "name": claim.name, "subject": claim.subject, "statement": claim.statement, "source": claim.source,
-        "headline": claim.headline, "stage": claim.stage, "metric": claim.metric, "measure": claim.measure, "target": claim.target,
+        "headline": claim.headline, "stage": claim.stage, "metric": claim.metric, "measure": claim.measure,
+        "target": claim.target,
         "note": claim.note,
         "comparisons": comparisons, "arms": arms, "seconds": time.time() - started, "commit": commit,
         "versions": versions(), "machine": machine(),
