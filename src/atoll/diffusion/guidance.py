@@ -19,6 +19,14 @@ from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.schedules import shaped
 
 
+def both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """``(D_cond, D_null)``, from one batch of twice the rows; ``t``: ``[B]``."""
+    twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for k, v in more.items()}
+    said = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, denoiser.null(cond)]), **twice)
+    given, null = said.chunk(2)
+    return given, null
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How strongly a condition is followed.
@@ -48,9 +56,7 @@ class Guidance:
             out: Tensor = denoiser(x_t, t, cond if self.scale == 1.0 else denoiser.null(cond), **more)
             return out
         t = t.expand(len(x_t))
-        twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for k, v in more.items()}
-        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, denoiser.null(cond)]), **twice)
-        given, null = both.chunk(2)
+        given, null = both(denoiser, x_t, t, cond, **more)
         ratio = denoiser.schedule.ratio(t)
         inside = shaped((ratio >= self.low) & (ratio <= self.high), x_t)
         return torch.where(inside, null + self.scale * (given - null), given)

@@ -7,6 +7,7 @@ turned into a time of another by ``b.time(a.ratio(t))``. Times are float32 tenso
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -251,6 +252,25 @@ class UniformTime(TimeLaw):
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         t = self.low + (self.high - self.low) * _uniform(n, generator)
+        return t / (1 - t)
+
+
+@dataclass(frozen=True)
+class UShaped(TimeLaw):
+    """Rectified-flow time with density proportional to ``e^(a t) + e^(a (1 - t))``: both ends more often than the
+    middle (Lee et al., 2024, arXiv 2405.20320). With ``e^(-a t)`` for the second term it would only rise.
+
+    Args:
+        a: how deep the U is.
+        edge: times keep this far from 0 and 1, where a velocity or a ratio is not finite.
+    """
+
+    a: Annotated[float, Gt(0)] = 4.0
+    edge: Annotated[float, Gt(0)] = 1e-5
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        rising = torch.log1p(_uniform(n, generator) * math.expm1(self.a)) / self.a
+        t = torch.where(_uniform(n, generator) < 0.5, rising, 1 - rising).clamp(self.edge, 1 - self.edge)
         return t / (1 - t)
 
 

@@ -42,6 +42,13 @@ CARD = Card(
 
 Guess = Callable[[Tensor, Tensor], Tensor]
 """``(x_t [B, ...], t []) -> x0 [B, ...]``."""
+Move = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(x_t, t, to) -> x_t``: what is done to a point before the step from t to ``to``, such as a reflection."""
+
+
+def stay(x: Tensor, *_: Tensor) -> Tensor:
+    """The move that changes nothing."""
+    return x
 
 
 def ddim_step(schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, to: Tensor) -> Tensor:
@@ -52,16 +59,18 @@ def ddim_step(schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, to: Ten
     return shaped(keep, x) * x + shaped(schedule.alpha(to) - keep * a, x) * x0
 
 
-def ddim(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor) -> Tensor:
+def ddim(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor, before: Move = stay) -> Tensor:
     """One call a step; first order. ``times``: ``[N + 1]``, falling (rising: inversion)."""
     for t, to in pairwise(times):
+        x = before(x, t, to)
         x = ddim_step(schedule, x, guess(x, t), t, to)
     return x
 
 
-def heun(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor) -> Tensor:
+def heun(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor, before: Move = stay) -> Tensor:
     """The mean of the slopes at both ends of each step; second order, 2 N - 1 calls (the last step is Euler's)."""
     for i, (t, to) in enumerate(pairwise(times)):
+        x = before(x, t, to)
         if i == len(times) - 2:
             return ddim_step(schedule, x, guess(x, t), t, to)
         slope = convert(schedule, guess(x, t), "x0", "flow", x, t)
@@ -70,18 +79,19 @@ def heun(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor) -> Ten
     return x
 
 
-def dpmpp(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor) -> Tensor:
+def dpmpp(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor, before: Move = stay) -> Tensor:
     """DPM-Solver++(2M): the last two guesses, extrapolated in ``ln(alpha / sigma)``; second order, N calls. First and
     last step are first order."""
-    before: tuple[Tensor, Tensor] | None = None  # the last guess and its step
+    last: tuple[Tensor, Tensor] | None = None  # the last guess and its step
     for i, (t, to) in enumerate(pairwise(times)):
+        x = before(x, t, to)
         x0 = guess(x, t)
         h = schedule.ratio(t).log() - schedule.ratio(to).log()
         mixed = x0
-        if before is not None and i < len(times) - 2:
-            r = before[1] / h
-            mixed = x0 + (x0 - before[0]) / (2 * r)
-        x, before = ddim_step(schedule, x, mixed, t, to), (x0, h)
+        if last is not None and i < len(times) - 2:
+            r = last[1] / h
+            mixed = x0 + (x0 - last[0]) / (2 * r)
+        x, last = ddim_step(schedule, x, mixed, t, to), (x0, h)
     return x
 
 
