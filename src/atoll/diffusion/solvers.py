@@ -73,10 +73,15 @@ def heun(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor, before
         x = before(x, t, to)
         if i == len(times) - 2:
             return ddim_step(schedule, x, guess(x, t), t, to)
-        slope = convert(schedule, guess(x, t), "x0", "flow", x, t)
-        there = x + (to - t) * slope
-        x = x + (to - t) / 2 * (slope + convert(schedule, guess(there, to), "x0", "flow", there, to))
+        x = heun_step(schedule, guess, x, t, to)
     return x
+
+
+def heun_step(schedule: NoiseSchedule, guess: Guess, x: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """One step by the mean of the slopes at both ends; times ``[]`` or ``[B]``, of which ``to`` still has noise."""
+    slope, step = convert(schedule, guess(x, t), "x0", "flow", x, t), shaped(to - t, x)
+    there = x + step * slope
+    return x + step / 2 * (slope + convert(schedule, guess(there, to), "x0", "flow", there, to))
 
 
 def dpmpp(schedule: NoiseSchedule, guess: Guess, x: Tensor, times: Tensor, before: Move = stay) -> Tensor:
