@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Gt
 from torch import nn
@@ -17,11 +17,11 @@ from atoll.core.files import user_cache, write_atomic
 from atoll.core.message import NO_LIMITS, Message, decode, detach, encode, seal, unseal
 from atoll.core.tree import clone, copy_, named_tensors
 from atoll.data.dataset import Info
+from atoll.diffusion.as_denoiser import AsDenoiser, Kind
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Conditions, Images, Work
 from atoll.diffusion.evaluate import describe_rows
 from atoll.diffusion.methods.edm_fm_teacher import EdmFmTeacher
-from atoll.diffusion.schedules import EDM, RF
 from atoll.diffusion.trainer import Trainer
 from atoll.models.model import ModelBuilder, build_model
 from atoll.models.unet import UNet
@@ -31,20 +31,17 @@ EDITION = 1
 
 
 def make_denoiser(
-    network: ModelBuilder, info: Info, seed: int, kind: Literal["edm", "flow"] = "edm", sigma_data: float = 0.5
+    network: ModelBuilder, info: Info, seed: int, kind: Kind = "edm", sigma_data: float = 0.5
 ) -> Denoiser:
     """An untrained denoiser for a data set's rows and classes.
 
     Raises:
         DataError: for a network that does not denoise.
     """
-    if not network.denoises:
+    if network.architecture.denoises is False:
         raise DataError(f"{type(network).__name__} does not take a noise level; choose `unet` or `dit` as the model.")
     classes = info.num_classes or 1
-    net: nn.Module = build_model(network, info, classes, seed)
-    if kind == "edm":
-        return Denoiser(net, EDM(), "edm", classes=classes, sigma_data=sigma_data)
-    return Denoiser(net, RF(), "flow", classes=classes, sigma_data=sigma_data)
+    return AsDenoiser(kind, sigma_data)(build_model(network, info, classes, seed), classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Teacher:
     """
 
     model: ModelBuilder = UNet()
-    kind: Literal["edm", "flow"] = "edm"
+    kind: Kind = "edm"
     steps: Annotated[int, Ge(0)] = 3000
     batch: Annotated[int, Ge(1)] = 128
     lr: Annotated[float, Gt(0)] = 2e-3

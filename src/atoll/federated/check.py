@@ -225,6 +225,20 @@ def _secure_with_data(m: Method, sizes: list[int]) -> Iterator[str]:
                 )
 
 
+def _networks(task: Any, keys: set[Any]) -> Iterator[str]:
+    """Networks that take other inputs than the task gives them."""
+    wanted = getattr(task, "denoises", False)
+    for network in sorted((getattr(key, "architecture", key) for key in keys), key=repr):
+        if getattr(network, "denoises", None) not in (None, wanted):
+            yield (
+                f"{name(task)} gives its network noisy rows and a noise level, which {name(network)} does not take; "
+                "choose `unet` or `dit` as the model."
+                if wanted
+                else f"{name(network)} takes noisy rows and a noise level, which {name(task)} does not give it; choose "
+                "another model, or `task: denoising`."
+            )
+
+
 def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
     num_sites = len(federation.sites)
     keys = {task.model_key(i) for i in range(num_sites)}
@@ -233,6 +247,7 @@ def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
             f"{name(m.share)} needs the same model at every site, but the sites have {len(keys)} different "
             "ones; give one model, or use a method that exchanges predictions such as edgefd."
         )
+    yield from _networks(task, keys)
     for part in (m.combine, m.server):
         if part.needs_public_data and (federation.public is None or len(federation.public) == 0):
             yield f"{name(part)} needs public data at the server; give the data a `public` fraction."

@@ -18,7 +18,7 @@ from atoll.core.build import Reader, describe
 from atoll.core.errors import DataError
 from atoll.core.files import write_json
 from atoll.data.dataset import Info
-from atoll.models.model import ModelBuilder, build_model
+from atoll.models.model import ModelBuilder, Wrapper, build_model
 from atoll.models.weights import load_weights, read_weights, write_weights
 
 LOAD = [
@@ -29,10 +29,14 @@ LOAD = [
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 
 
-def about_model(network: ModelBuilder, info: Info, outputs: int, seed: int) -> dict[str, Any]:
-    """What :func:`load_model` needs to build a model again: its builder, the data's description, the seed."""
+def about_model(
+    network: ModelBuilder, info: Info, outputs: int, seed: int, wrapper: Wrapper | None = None
+) -> dict[str, Any]:
+    """What :func:`load_model` needs to build a model again: its builder, the data's description, the seed, and what
+    its task puts around it."""
     data = {name: _plain(getattr(info, name)) for name in Info.__dataclass_fields__}
-    return {"builder": describe(network), "data": data, "outputs": outputs, "seed": seed}
+    about = {"builder": describe(network), "data": data, "outputs": outputs, "seed": seed}
+    return about if wrapper is None else {**about, "wrapper": describe(wrapper)}
 
 
 def save_model(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) -> None:
@@ -91,6 +95,7 @@ def _build(folder: Path, about: Mapping[str, Any], fresh: bool = False) -> nn.Mo
     """The module that ``model.json`` describes. ``fresh``: its weights will be replaced, so read none."""
     reader = Reader()
     network = reader.read(ModelBuilder, about["builder"], "builder")
+    wrapper = reader.read(Wrapper, about["wrapper"], "wrapper") if about.get("wrapper") else None
     if reader.problems:
         raise DataError(f"{folder / ABOUT}: {'; '.join(reader.problems)}.")
     if fresh:
@@ -102,7 +107,9 @@ def _build(folder: Path, about: Mapping[str, Any], fresh: bool = False) -> nn.Mo
         for mapping in ("names", "categories")
     }
     numbers = {name: _tensor(data[name]) for name in ("mean", "scale")}
-    return build_model(network, Info(**{**data, **lists, **numbers}), int(about["outputs"]), int(about["seed"]))
+    outputs = int(about["outputs"])
+    model = build_model(network, Info(**{**data, **lists, **numbers}), outputs, int(about["seed"]))
+    return model if wrapper is None else wrapper(model, outputs)
 
 
 def _transformers(folder: Path) -> nn.Module:

@@ -26,8 +26,9 @@ class ModelBuilder(Protocol):
     """
 
     package: ClassVar[str] = "atoll.models"
-    denoises: ClassVar[bool] = False
-    """The module takes noisy rows, times and classes, and returns rows; only a denoising task can use it."""
+    denoises: ClassVar[bool | None] = False
+    """The module takes noisy rows, times and classes, and returns rows; only a denoising task can use it. None: its
+    owner knows."""
 
     def build(self, info: Info, outputs: int) -> nn.Module:
         """Args: what the inputs look like; how many outputs there are (classes, targets, vocabulary)."""
@@ -37,6 +38,16 @@ class ModelBuilder(Protocol):
     def architecture(self) -> ModelBuilder:
         """What builds the same module and reads no weights."""
         return self
+
+
+class Wrapper(Protocol):
+    """What a task puts around a built network, where it uses more than the network itself."""
+
+    package: ClassVar[str] = "atoll.diffusion.as_denoiser"
+
+    def __call__(self, net: nn.Module, outputs: int) -> nn.Module:
+        """Args: ``outputs``: what the network was built for."""
+        ...
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class User(ModelBuilder):
 
     factory: str | Callable[..., nn.Module]
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    denoises: ClassVar[bool | None] = None
     loaded: Any = field(default=None, init=False, repr=False, compare=False)
     """The object, found when the builder is made: worker processes need no trust of their own."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atoll.core.errors import AtollError
 from atoll.data.dataset import Dataset
-from atoll.models.model import ModelBuilder
+from atoll.models.model import ModelBuilder, Wrapper
 
 Batch = Mapping[str, Tensor]
 """Columns of a data set for some examples, on the model's device, ready for the model (float, normalised)."""
@@ -42,6 +42,13 @@ class Task(Protocol):
     headline: ClassVar[str]
     """The metric that reports lead with, a key of ``evaluate``."""
     higher_is_better: ClassVar[bool]
+    denoises: ClassVar[bool] = False
+    """Its networks see noisy rows, times and classes; see ``ModelBuilder.denoises``."""
+
+    @property
+    def wrapper(self) -> Wrapper | None:
+        """What :meth:`model` puts around the network that is built; None: nothing."""
+        return None
 
     @property
     def outputs(self) -> int:
