@@ -126,7 +126,12 @@ class CriticLoss(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Noisy:
-    """A sample with noise, for a denoising loss: ``x_t = a anchor + b eps`` at time t, with sigma / alpha = ratio."""
+    """A sample with noise, for a denoising loss: ``x_t = a anchor + b eps`` at time t, with sigma / alpha = ratio.
+
+    Attributes:
+        alpha: of the schedule at t.
+        floor: sigma / alpha at the anchor; 0 for a clean one.
+    """
 
     x_t: Tensor
     t: Tensor
@@ -134,6 +139,8 @@ class Noisy:
     eps: Tensor
     a: Tensor
     b: Tensor
+    alpha: Tensor
+    floor: Tensor
 
 
 @dataclass(frozen=True)

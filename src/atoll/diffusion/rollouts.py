@@ -5,7 +5,7 @@ Only the last call of a rollout keeps a graph, so memory is that of one call wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Protocol
 
 import torch
@@ -29,6 +29,8 @@ class Sample:
         cond: its conditions.
         step: which of the student's steps made it ``[B]``, from 0.
         facts: what a method's own loss needs besides.
+        told: further inputs of the fake score, such as ``numbers``.
+        top: time up to which the anchor may be re-noised ``[B]``; None: any.
     """
 
     x: Tensor
@@ -36,13 +38,15 @@ class Sample:
     s: Tensor
     cond: Tensor
     step: Tensor
-    facts: dict[str, Tensor]
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, Tensor] = field(default_factory=dict)
+    top: Tensor | None = None
 
 
 def clean(x: Tensor, cond: Tensor, step: Tensor | None = None) -> Sample:
     """A sample without noise left."""
     zeros = torch.zeros(len(x), device=x.device)
-    return Sample(x, x, zeros, cond, zeros.long() if step is None else step, {})
+    return Sample(x, x, zeros, cond, zeros.long() if step is None else step)
 
 
 class Rollout(Protocol):

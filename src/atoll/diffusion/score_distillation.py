@@ -37,7 +37,7 @@ class ScoreDistillation(Distiller):
         critic_law: noise levels at which the fake score learns.
         guidance: of the teacher; a student trained with it is sampled without any.
         fake_guidance: of the fake score while it judges.
-        fake_condition: what the fake score is told while it learns: a scale of 0 hides every condition from it.
+        fake_condition: of the fake score while it learns: a scale of 0 hides every condition from it.
         fake_drop: fraction of the conditions that are hidden while it learns.
         critic_steps: updates of the fake score per update of the generator.
         lr, critic_lr: of the two Adam optimisers.
@@ -103,10 +103,11 @@ class ScoreDistillation(Distiller):
         """Denoising of the student's samples, and the discriminator's loss where there is one."""
         fake: Any = nets["fake"]
         noisy = self.noisy(fake, sample, draw, self.critic_law)
-        cond = sample.cond if self.fake_condition.scale else fake.null(sample.cond)
+        cond = sample.cond
         if self.fake_drop:
             cond = hidden(fake, cond, draw.uniform(len(cond)) < self.fake_drop)
-        losses = {"denoising": self.critic(fake(noisy.x_t, noisy.t, cond), sample, noisy)}
+        guess = self.fake_condition(fake, noisy.x_t, noisy.t, cond, **sample.told)
+        losses = {"denoising": self.critic(guess, sample, noisy)}
         if self.adversary is not None:
             losses["discriminator"] = self.adversary.critic_loss(nets, sample, draw)
         return losses
@@ -128,7 +129,7 @@ class ScoreDistillation(Distiller):
             layers = self.adversary.layers(judge)  # type: ignore[arg-type,assignment]
         with nullcontext() if self.loss.through_scores else torch.no_grad(), tapped(judge, layers) as features:
             real = self.guidance(teacher, noisy.x_t, noisy.t, sample.cond)  # type: ignore[arg-type]
-            guessed = self.fake_guidance(fake, noisy.x_t, noisy.t, sample.cond)  # type: ignore[arg-type]
+            guessed = self.fake_guidance(fake, noisy.x_t, noisy.t, sample.cond, **sample.told)  # type: ignore[arg-type]
         rho = None
         if self.loss.needs_ratio:
             assert self.adversary is not None
@@ -139,17 +140,20 @@ class ScoreDistillation(Distiller):
     def noisy(self, denoiser: Denoiser, sample: Sample, draw: Draw, law: TimeLaw) -> Noisy:
         """The sample's anchor, noised to a level that the law draws (above the anchor's own)."""
         schedule = denoiser.schedule
-        ratio = self.above(schedule.ratio(sample.s), draw.ratios(law, len(sample.x)))
+        floor, top = schedule.ratio(sample.s), None if sample.top is None else schedule.ratio(sample.top)
+        ratio = self.above(floor, draw.ratios(law, len(sample.x)), top)
         t, eps = schedule.time(ratio), draw.noise_like(sample.anchor)
         a, b = step_between(schedule, sample.s, t)
         x_t = shaped(a, eps) * sample.anchor + shaped(b, eps) * eps
-        return Noisy(x_t, t, schedule.ratio(t), eps, a, b)
+        return Noisy(x_t, t, schedule.ratio(t), eps, a, b, schedule.alpha(t), floor)
 
-    def above(self, floor: Tensor, ratio: Tensor) -> Tensor:
-        """Levels that are not above their anchor's are moved there: squeezed, in rectified-flow time, into the interval
-        from the anchor's (plus a margin) to 1. Anchors without noise leave the law as it is."""
-        least, u = floor / (1 + floor) + self.margin, ratio / (1 + ratio)
-        u = torch.where(floor > 0, least + (1 - least) * u, u).clamp(max=1 - 1e-5)
+    def above(self, floor: Tensor, ratio: Tensor, top: Tensor | None = None) -> Tensor:
+        """Levels are moved above their anchor's: squeezed, in rectified-flow time, into the interval from the anchor's
+        (plus a margin) to that of ``top``, or 1. Anchors without noise or ``top`` leave the law as it is."""
+        low, high = floor / (1 + floor), torch.ones_like(floor) if top is None else top / (1 + top)
+        least, u = low + ((high - low) / 2).clamp(max=self.margin), ratio / (1 + ratio)
+        squeezed = least + (high - least) * u
+        u = (torch.where(floor > 0, squeezed, u) if top is None else squeezed).clamp(max=1 - 1e-5)
         return u / (1 - u)
 
     # ---------------------------------------------------------------- afterwards
