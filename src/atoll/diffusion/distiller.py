@@ -12,11 +12,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from atoll.core.build import find
 from atoll.core.errors import AtollError
 from atoll.data.dataset import Dataset
 from atoll.diffusion.denoiser import Denoiser
@@ -235,6 +236,11 @@ class Distiller(Protocol):
         """The optimiser steps of one step."""
         ...
 
+    def joined(self, nets: Nets) -> dict[str, nn.Module]:
+        """Networks made of other roles' networks, as a ``student`` that hands each sample to one of several. They join
+        ``nets``, and hold no weights of their own."""
+        return {}
+
     def generate(
         self, nets: Nets, z: Tensor, cond: Tensor, calls: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -245,3 +251,8 @@ class Distiller(Protocol):
 def best(nets: Nets, role: str = "student") -> Denoiser:
     """The average of a role's weights where one is kept, else its weights."""
     return nets.get(f"{role}_ema", nets[role])  # type: ignore[return-value]
+
+
+def usual(name: str) -> Any:
+    """A field whose default is the method ``name`` as it comes: a method that wraps others imports none of them."""
+    return field(default_factory=lambda: find(Distiller.package, name, Distiller)())

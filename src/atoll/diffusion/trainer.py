@@ -94,8 +94,9 @@ class Trainer:
 
     @property
     def nets(self) -> dict[str, nn.Module]:
-        """Networks by role, averages included."""
-        return {**{n: r.module for n, r in self.roles.items()}, **self.averages}
+        """Networks by role, averages included, and what the method makes of them together."""
+        own = {**{n: r.module for n, r in self.roles.items()}, **self.averages}
+        return {**own, **self.method.joined(own)}
 
     # ---------------------------------------------------------------- one step
 
