@@ -72,6 +72,29 @@ class DMDLoss(GeneratorLoss):
 
 
 @dataclass(frozen=True)
+class TDMLoss(GeneratorLoss):
+    """DMD's direction, Huberised, for the clean guess of a trajectory's step (Luo et al., 2025, arXiv 2503.06674).
+
+    The paper's ``(real - fake) + (w - 1) (real - null)`` is ``guided - fake``, so guidance is the teacher's. A step
+    along the flow is affine in the guess, with a positive factor: pulling at one pulls at the other.
+
+    Args:
+        c: where the Huber distance bends, for directions of about unit size: below, DMD's gradient; above, only its
+            direction counts. None: DMD's squared distance.
+    """
+
+    c: Annotated[float, Gt(0)] | None = 1e-3
+    through_scores: ClassVar[bool] = False
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        direction = (probe.real - probe.fake).detach() * shaped(over_distance(sample.x, probe.real), probe.real)
+        square = (sample.x - (sample.x + direction).detach()).square().flatten(1).mean(1)
+        if self.c is None:
+            return 0.5 * square.mean()
+        return ((square + self.c**2).sqrt() - self.c).mean()
+
+
+@dataclass(frozen=True)
 class SiDLoss(GeneratorLoss):
     """``w <delta, (real - x) - alpha delta>`` of score identity distillation (Zhou et al., 2024, arXiv 2404.04057).
 
@@ -155,6 +178,68 @@ class Denoising(CriticLoss):
 
     def __call__(self, guess: Tensor, sample: Sample, probe: Noisy) -> Tensor:
         return denoising_loss(guess, sample.x.detach(), probe.ratio, self.sigma_data).mean()
+
+
+@dataclass(frozen=True)
+class ImportanceDenoising(CriticLoss):
+    """Denoising of points that were noised from a noisy place on the student's trajectory.
+
+    Such a point is ``alpha x + sigma e`` with an *effective* noise e: what the step left of its own and what was added.
+    It need not be normal, so each sample is weighted by how much likelier e is under the normal law than the noise that
+    was drawn, and by the signal-to-noise ratio, capped (min-SNR).
+
+    Args:
+        most: largest signal-to-noise ratio that counts.
+        sigma_data: standard deviation of the data, which the ratio is measured against.
+    """
+
+    most: Annotated[float, Gt(0)] = 5.0
+    sigma_data: Annotated[float, Gt(0)] = 0.5
+
+    def __call__(self, guess: Tensor, sample: Sample, probe: Noisy) -> Tensor:
+        x = sample.x.detach()
+        snr = (self.sigma_data / probe.ratio).square().clamp(max=self.most)
+        error = (guess - x).square().flatten(1).mean(1) / self.sigma_data**2
+        return (importance(effective_noise(x, probe), probe.eps) * snr * error).mean()
+
+
+def effective_noise(x: Tensor, probe: Noisy) -> Tensor:
+    """The e of ``x_t = alpha x + sigma e``."""
+    alpha = shaped(probe.alpha, x)
+    return (probe.x_t - alpha * x).detach() / (alpha * shaped(probe.ratio, x))
+
+
+def importance(mixed: Tensor, drawn: Tensor) -> Tensor:
+    """How much likelier, per number, ``mixed`` is than ``drawn`` under the normal law ``[B]``."""
+    return (0.5 * (drawn.square() - mixed.square()).flatten(1).mean(1)).exp()
+
+
+@dataclass(frozen=True)
+class SubInterval(CriticLoss):
+    """Denoising from a noisy anchor, without bias: ``x_s / alpha_s - (alpha_t sigma_s^2) / (alpha_s^2 b) eps`` has the
+    mean E[x0 | x_t] of the whole process, though only ``x_s`` is known (Fan et al., 2025, arXiv 2510.27684).
+
+    Its variance grows without bound as t nears s; the weight falls as fast. A clean anchor gives plain denoising.
+
+    Args:
+        most: cap on one over the rectified-flow variance between s and t.
+        sigma_data: standard deviation of the data.
+    """
+
+    most: Annotated[float, Gt(0)] = 10.0
+    sigma_data: Annotated[float, Gt(0)] = 0.5
+
+    def __call__(self, guess: Tensor, sample: Sample, probe: Noisy) -> Tensor:
+        between = probe.ratio**2 - probe.floor**2  # variance from s to t, of samples divided by alpha
+        weight = (self.most * between / (1 + probe.ratio) ** 2).clamp(max=1)
+        target = sub_interval_target(sample.anchor.detach(), probe)
+        return (weight * denoising_loss(guess, target, probe.ratio, self.sigma_data)).mean()
+
+
+def sub_interval_target(anchor: Tensor, probe: Noisy) -> Tensor:
+    """What a denoiser at ``x_t`` learns from an anchor that is noisy itself."""
+    noise = probe.floor**2 / (probe.ratio**2 - probe.floor**2).sqrt()
+    return anchor * shaped(probe.a / probe.alpha, anchor) - shaped(noise, anchor) * probe.eps
 
 
 def denoising_loss(guess: Tensor, x0: Tensor, ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
