@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from atoll.federated.ledger import Row
+    from atoll.recipes.pipeline import StageRun
     from atoll.recipes.plan import Plan
 
 app = typer.Typer(
@@ -66,11 +67,15 @@ def run(
 ) -> None:
     """Run a recipe: plan, train across sites, report, and a model to load."""
     _trust(trust)
-    from atoll.recipes.recipe import load_recipe
+    from atoll.recipes.pipeline import load_any, start_stages
+    from atoll.recipes.recipe import Recipe
     from atoll.recipes.run import start
 
     _stop_on_term()
-    chosen = load_recipe(recipe, changes or [])
+    chosen = load_any(recipe, changes or [])
+    if not isinstance(chosen, Recipe):
+        _go_stages(start_stages(chosen, out or _free(Path("runs") / chosen.name)), as_json)
+        return
     begun, foreseen = start(chosen, out or _free(Path("runs") / chosen.name))
     if not as_json:
         _print_plan(foreseen)
@@ -87,11 +92,17 @@ def resume(
     """Go on with a run that was stopped or killed, from its last completed round."""
     _trust(trust)
     from atoll.core.errors import RunError
+    from atoll.recipes.pipeline import reopen_stages
     from atoll.recipes.recipe import load_recipe
     from atoll.recipes.run import finished, reopen
 
     if (folder / "federation.json").exists():
         raise RunError(f"{folder} is the run of a server; `atoll server {folder}` goes on with it.")
+    stages = reopen_stages(folder) if recipe is None else None
+    if stages is not None:
+        _stop_on_term()
+        _go_stages(stages, as_json)
+        return
     done = finished(folder)
     if done is not None:
         print(json.dumps(done) if as_json else f"{folder} is finished already: {folder / 'report.html'}")
@@ -103,28 +114,39 @@ def resume(
 def plan(recipe: Reference, changes: Changes = None, trust: Trust = None, as_json: Json = False) -> None:
     """Foresee bytes, FLOPs, memory, privacy and time; start nothing."""
     _trust(trust)
-    from atoll.recipes.recipe import load_recipe
-    from atoll.recipes.run import plan as make_plan
-    from atoll.recipes.run import prepare
+    from atoll.recipes.pipeline import foreseen as foresee
+    from atoll.recipes.pipeline import load_any
 
-    foreseen = make_plan(prepare(load_recipe(recipe, changes or [])))
+    found = foresee(load_any(recipe, changes or []))
     if as_json:
-        print(json.dumps(foreseen.as_dict(), indent=2))
-    else:
-        _print_plan(foreseen)
+        plans = {name: p.as_dict() if hasattr(p, "as_dict") else p for name, p in found.items()}
+        print(json.dumps(plans.get("", plans), indent=2))
+        return
+    for name, p in found.items():
+        if name:
+            print(f"{name}:")
+        _print_plan(p) if hasattr(p, "as_dict") else _print_making(p)
 
 
 @app.command()
 def show(what: Annotated[str, typer.Argument(help="A run directory or a recipe.")], as_json: Json = False) -> None:
     """Show a run's outcome, or a recipe with every default spelled out."""
-    from atoll.recipes.recipe import load_recipe, recipe_config, recipe_yaml
+    from atoll.recipes.pipeline import as_config, as_yaml, load_any, reopen_stages
+    from atoll.recipes.recipe import Recipe, recipe_config, recipe_yaml
     from atoll.recipes.run import finished
 
     folder = Path(what)
     if folder.is_dir():
-        _show_run(folder, finished(folder), as_json)
+        stages = reopen_stages(folder)
+        if stages is not None:
+            _show_stages(stages, as_json)
+        else:
+            _show_run(folder, finished(folder), as_json)
         return
-    chosen = load_recipe(what)
+    chosen = load_any(what)
+    if not isinstance(chosen, Recipe):
+        print(json.dumps(as_config(chosen), indent=2) if as_json else as_yaml(chosen), end="\n" if as_json else "")
+        return
     print(json.dumps(recipe_config(chosen), indent=2) if as_json else recipe_yaml(chosen), end="\n" if as_json else "")
 
 
@@ -135,10 +157,15 @@ def report(
     """Write the report of a run again (also of one that is still going)."""
     _trust(trust)
     from atoll.data.picture import partition_svg
+    from atoll.recipes.pipeline import reopen_stages
     from atoll.recipes.recipe import load_recipe
     from atoll.recipes.report import write_report
     from atoll.recipes.run import reopen
 
+    stages = reopen_stages(folder) if recipe is None else None
+    if stages is not None:
+        print(stages.report())
+        return
     if (folder / "federation.json").exists():
         from atoll.deploy.server import served
 
@@ -440,6 +467,60 @@ def _go(begun: Any, as_json: bool, again: str = "") -> None:
     _print_summary(summary)
     print(f"model   {begun.folder / 'model'}")
     print(f"report  {page}")
+
+
+def _go_stages(begun: StageRun, as_json: bool) -> None:
+    def say(name: str, what: Any) -> None:
+        if as_json:
+            return
+        if isinstance(what, dict):
+            _print_made(what) if "judged" in what else _print_summary(what)
+        else:
+            print(f"{name}:" if name else "")
+            _print_plan(what) if hasattr(what, "round_bytes") else None
+
+    try:
+        summary = begun.go(say)
+    except KeyboardInterrupt:
+        print(f"stopped; `atoll resume {begun.folder}` goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    page = begun.folder / "report.html"
+    if as_json:
+        print(json.dumps({**summary, "report": str(page)}))
+        return
+    print(f"models  {', '.join(str(p) for p in begun.models())}")
+    print(f"report  {page}")
+
+
+def _show_stages(stages: StageRun, as_json: bool) -> None:
+    found = stages.finished()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, summary in found.items():
+        print(f"{name or stages.folder}: " + ("not finished" if summary is None else ""))
+        if summary is not None:
+            _print_made(summary) if "judged" in summary else _print_summary(summary)
+    if None in found.values():
+        print(f"`atoll resume {stages.folder}` goes on")
+    print(f"report  {stages.folder / 'report.html'}")
+
+
+def _print_making(p: dict[str, Any]) -> None:
+    steps = "as many steps as its budget pays for" if p["steps"] is None else f"{p['steps']:,} steps"
+    print(f"plan    {p['method']}: {steps}, {p['parameters']:,} parameters in the teacher")
+    work = "work depends on the teacher's samples" if p["flops"] is None else f"{p['flops']:.3g} FLOPs"
+    print(f"        {work}; no byte of any site")
+
+
+def _print_made(s: dict[str, Any]) -> None:
+    for j in s["judged"]:
+        m = j["metrics"]
+        print(
+            f"        {j['way']}: {j['calls']} calls, distance {m['fid']:.3g}, class agreement {m['agreement']:.1%}, "
+            f"{m['cpu_seconds_per_1000']:.2g} s for 1,000"
+        )
+    print(f"        {s['steps']:,} steps, {s['cpu_seconds']:.1f} s of processor time")
 
 
 def _print_plan(p: Plan, here: bool = True) -> None:

@@ -209,7 +209,7 @@ class Server:
         if fresh:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "plan.json", foreseen.as_dict())
-            write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe, located=True).encode())
+            write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe, with_places=True).encode())
             write_json(path, {"run": run, "names": names, "agreed": agreed.facts(), "rows": rows})
         return Run(self.folder, prepared, Deployed(self.board, run)), foreseen
 

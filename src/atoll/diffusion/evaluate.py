@@ -224,6 +224,6 @@ def judge_generator(
 
 def as_pixels(x: Tensor, mean: Any, scale: Any, sigma_data: float) -> np.ndarray:
     """Samples as greys or colours from 0 to 255, uint8 ``[B, H, W, C]``."""
-    raw = x.detach().cpu().float() / sigma_data * scale + mean
+    raw = x.detach().cpu().float() / sigma_data * torch.as_tensor(scale) + torch.as_tensor(mean)
     pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8)
     return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())

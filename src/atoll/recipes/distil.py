@@ -29,7 +29,7 @@ from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.methods.sim import SIM
 from atoll.diffusion.solvers import Sampler
-from atoll.diffusion.teacher import Teacher
+from atoll.diffusion.teacher import Teacher, make_denoiser
 from atoll.diffusion.trainer import Trainer
 
 EVENTS = 50
@@ -229,6 +229,7 @@ class DistilRun:
             "event": "start", "at": _now(), "name": ready.recipe.name, "method": described(ready.recipe.method),
             "needs": ready.recipe.method.needs, "data": info.name, "steps": trainer.steps,
             "parameters": sum(p.numel() for p in ready.teacher.parameters()),
+            "look": {"mean": _plain(info.mean), "scale": _plain(info.scale), "sigma_data": ready.images.sigma_data},
         }  # fmt: skip
 
     def _read(self) -> list[dict[str, Any]]:
@@ -249,6 +250,31 @@ def steps_of(recipe: Distil, trainer: Trainer) -> int:
     trainer.prepare()
     each = trainer.flops_per_step()
     return max(1, int(recipe.budget * 1e12 / each)) if each else 0
+
+
+def _plain(value: Tensor | float) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str, Any]:
+    """Steps, operations and size of a stage; nothing is trained, so a teacher that does not exist yet has random
+    weights. ``flops`` is None for methods that first make samples of the teacher."""
+    rows = recipe.data.load().train
+    images, info = Images(rows), rows.info
+    if teacher is None and recipe.start:
+        teacher = _saved(Path(recipe.start))
+    teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
+    work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
+    trainer = Trainer(recipe.method, teacher, work, recipe.steps or 1)
+    steps, flops = recipe.steps, None
+    if type(recipe.method).material is Distiller.material:
+        each = trainer.flops_per_step()
+        steps = steps if steps is not None else int((recipe.budget or 0) * 1e12 / each) if each else 0
+        flops = each * steps
+    return {
+        "method": described(recipe.method), "steps": steps, "flops": flops,
+        "parameters": sum(p.numel() for p in teacher.parameters()),
+    }  # fmt: skip
 
 
 def described(method: Distiller) -> str:

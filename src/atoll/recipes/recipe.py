@@ -174,12 +174,12 @@ def load_recipe(reference: str, changes: Sequence[str] = ()) -> Recipe:
     """
     path, _, function = reference.partition(":") if ".py" in reference else (reference, "", "")
     if function or path.endswith(".py"):
-        value = describe(_from_python(Path(path), function or "recipe")) if changes else None
-        recipe = _from_python(Path(path), function or "recipe")
-        if value is None:
-            return recipe
-        return read_recipe(_edit(value, changes), reference)
-    return read_recipe(_edit(read_yaml(Path(path)), changes), reference)
+        recipe: Recipe = from_python(Path(path), function or "recipe")
+        return read_recipe(edit(describe(recipe), changes), reference) if changes else recipe
+    whole = edit(read_yaml(Path(path)), changes)
+    if "stages" in whole or "stage" in whole:
+        raise RecipeError(["it has stages; this works with a single federated recipe"], reference)
+    return read_recipe(whole, reference)
 
 
 class _OnceEach(yaml.SafeLoader):
@@ -215,7 +215,8 @@ def read_yaml(path: Path, what: str = "a recipe is a mapping such as `method: fe
     return value
 
 
-def _from_python(path: Path, function: str) -> Recipe:
+def from_python(path: Path, function: str, kinds: tuple[type, ...] = ()) -> Any:
+    """What a function of the user's own file returns: a recipe, or one of ``kinds``."""
     if not path.exists():
         raise RecipeError([f"there is no file {path}"], f"{path}:{function}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -237,12 +238,12 @@ def _from_python(path: Path, function: str) -> Recipe:
         here = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == spec.origin]
         line = f" in line {here[-1]}" if here else ""
         raise RecipeError([f"{path} cannot be run: {type(e).__name__}{line}: {e}"], f"{path}:{function}") from e
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, (Recipe, *kinds)):
         raise RecipeError([f"{path}:{function} must return a Recipe, not {type(recipe).__name__}"])
     return recipe
 
 
-def _edit(value: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+def edit(value: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
     """Apply ``a.b=c``; values are YAML. A name that stands for a part becomes a mapping when a field of it is set."""
     for change in changes:
         place, equals, text = change.partition("=")
@@ -294,19 +295,19 @@ PATHS = ("path", "edges", "test_path", "images", "labels", "test_images", "test_
 """Fields that hold paths."""
 
 
-def _located(value: Any, field_name: str = "") -> Any:
+def located(value: Any, field_name: str = "") -> Any:
     """The same with each relative path to something that exists made absolute: good from any folder."""
     if isinstance(value, dict):
-        return {k: _located(v, k) for k, v in value.items()}
+        return {k: located(v, k) for k, v in value.items()}
     if field_name in PATHS and isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value
 
 
-def recipe_yaml(recipe: Recipe, located: bool = False) -> str:
-    """The resolved recipe as YAML; ``located`` makes the paths of its data and models absolute."""
+def recipe_yaml(recipe: Recipe, with_places: bool = False) -> str:
+    """The resolved recipe as YAML; ``with_places`` makes the paths of its data and models absolute."""
     config = recipe_config(recipe)
-    return str(yaml.safe_dump(_located(config) if located else config, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(located(config) if with_places else config, sort_keys=False, allow_unicode=True))
 
 
 def recipe_schema() -> dict[str, Any]:

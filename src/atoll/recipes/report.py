@@ -62,7 +62,7 @@ def write_report(folder: Path, partition_svg: str | None = None) -> Path:
 def report_html(r: Record, partition_svg: str | None = None) -> str:
     """The whole page."""
     name = str(r.config.get("name") or r.start.get("name") or "run")
-    sections = [_header(r), _tiles(r), learning(r), across(r, partition_svg), cost(r), remarks(r)]
+    sections = [_header(r), tiles(r), learning(r), across(r, partition_svg), cost(r), remarks(r)]
     sections += [method(r), use(r), behind(r)]
     body = "\n\n".join(section for section in sections if section)
     return whole_page(f"{name}: run report", body)
@@ -76,7 +76,7 @@ def _header(r: Record) -> str:
     return (
         f'<header>\n<p class="kicker">Run report</p>\n<h1>{e(name)}</h1>\n'
         f'<p class="meta">{state}{" &nbsp;" + e(spans) if spans else ""}</p>\n'
-        f'<p class="verdict">{" ".join(_verdict(r))}</p>\n</header>'
+        f'<p class="verdict">{" ".join(verdict(r))}</p>\n</header>'
     )
 
 
@@ -86,7 +86,7 @@ def _when(stamp: Any) -> str:
     return f"{text[:10]} {text[11:16]} UTC" if len(text) == 20 and text.endswith("Z") else text
 
 
-def _verdict(r: Record) -> list[str]:
+def verdict(r: Record) -> list[str]:
     """The run in a few plain sentences (HTML), each one made from its numbers."""
     model, data, sites = (
         part_name(r.config.get("model")),
@@ -135,28 +135,28 @@ def _outcome(r: Record) -> list[str]:
     return said
 
 
-def _tiles(r: Record) -> str:
+def tiles(r: Record) -> str:
     name, seen, refused, epsilon = r.headline, r.evaluated, count(r.total("refused")), epsilon_of(r)
     up, down, planned = r.total("up"), r.total("down"), number(r.config.get("rounds"))
-    tiles = []
+    shown = []
     if seen:
         good = r.higher_is_better(name)
         under = "" if good is None else "higher is better" if good else "lower is better"
-        tiles.append((label(name), metric_text(name, seen[-1].metrics[name]), under))
+        shown.append((label(name), metric_text(name, seen[-1].metrics[name]), under))
     s = headline_spread(r)
     if s is not None and math.isfinite(s.worst_tenth):
         median = f"median {metric_text(name, s.median)}"
-        tiles.append(("worst tenth of sites", metric_text(name, s.worst_tenth), median))
-    tiles.append(("sites", count(len(r.start.get("sites") or r.sites)), f"{count(rows_of(r))} training rows"))
+        shown.append(("worst tenth of sites", metric_text(name, s.worst_tenth), median))
+    shown.append(("sites", count(len(r.start.get("sites") or r.sites)), f"{count(rows_of(r))} training rows"))
     of = f"of {count(planned)} planned; " if r.end is None and math.isfinite(planned) else ""
-    tiles.append(("rounds", count(len(r.merges)), f"{of}{some(visits_of(r), 'visit')}, {refused} refused"))
-    tiles.append(("bytes moved", size(up + down), f"{size(up)} up, {size(down)} down"))
-    tiles.append(("work at the sites", words.flops(r.total("flops")), "in all visits"))
+    shown.append(("rounds", count(len(r.merges)), f"{of}{some(visits_of(r), 'visit')}, {refused} refused"))
+    shown.append(("bytes moved", size(up + down), f"{size(up)} up, {size(down)} down"))
+    shown.append(("work at the sites", words.flops(r.total("flops")), "in all visits"))
     if r.merges:
         here = f"virtual; {duration(seconds_of(r))} on this machine"
-        tiles.append(("device time", duration(r.merges[-1].time), here))
+        shown.append(("device time", duration(r.merges[-1].time), here))
     if epsilon is not None:
-        tiles.append(("privacy spent", f"epsilon {plain(epsilon, 3)}", f"{at_delta(r).strip()}, per {privacy_unit(r)}"))
+        shown.append(("privacy spent", f"epsilon {plain(epsilon, 3)}", f"{at_delta(r).strip()}, per {privacy_unit(r)}"))
     else:
-        tiles.append(("replies refused", refused, f"of {count(visits_of(r))}"))
-    return '<dl class="tiles">\n' + "".join(tile(*t) for t in tiles) + "</dl>"
+        shown.append(("replies refused", refused, f"of {count(visits_of(r))}"))
+    return '<dl class="tiles">\n' + "".join(tile(*t) for t in shown) + "</dl>"

@@ -240,7 +240,7 @@ def start(recipe: Recipe, folder: Path) -> tuple[Run, Plan]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "plan.json", foreseen.as_dict())
-        write_atomic(folder / "recipe.yaml", recipe_yaml(recipe, located=True).encode())
+        write_atomic(folder / "recipe.yaml", recipe_yaml(recipe, with_places=True).encode())
     except OSError as e:
         raise RunError(f"The run directory {folder} cannot be written ({e.strerror}).") from e
     return Run(folder, prepared), foreseen

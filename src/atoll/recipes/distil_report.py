@@ -1,0 +1,234 @@
+"""The report of a stage that makes a generator: pictures, what the judge says, what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape as e
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atoll.core.card import Card, all_cards
+from atoll.core.errors import RunError
+from atoll.core.files import read_json_lines, write_atomic
+from atoll.diffusion.evaluate import as_pixels
+from atoll.recipes.charts import Series, line_chart
+from atoll.recipes.page import capital, charts, figure, label, table, tile, whole_page
+from atoll.recipes.png import grid, picture
+from atoll.recipes.words import count, duration, number, plain
+
+NAME = "report.html"
+SHOWN = ("fid", "precision", "recall", "agreement", "diversity")
+MEANINGS = {
+    "fid": "Frechet distance to the real rows; 0 is the same distribution",
+    "precision": "share of samples that lie among real rows",
+    "recall": "share of real rows that lie among samples",
+    "agreement": "share that the judge takes for the class that was asked for",
+    "diversity": "variety within a class, real rows having 1",
+}
+
+
+@dataclass
+class Made:
+    """A stage's directory, read back."""
+
+    folder: Path
+    config: dict[str, Any]
+    text: str
+    start: dict[str, Any] = field(default_factory=dict)
+    end: dict[str, Any] | None = None
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[dict[str, Any]]:
+        return list((self.end or {}).get("judged", ()))
+
+    @property
+    def card(self) -> Card | None:
+        found = all_cards().get(str(self.start.get("method")))
+        return found[0] if found else None
+
+
+def read_made(folder: Path) -> Made:
+    """Raises :class:`RunError` when the folder holds no such stage."""
+    try:
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        made = Made(folder, dict(yaml.safe_load(text)), text)
+        for event in read_json_lines(folder / "events.jsonl"):
+            if event.get("event") == "start":
+                made.start = event
+            elif event.get("event") == "step":
+                for name, value in event["losses"].items():
+                    made.losses.setdefault(name, []).append((number(event["step"]), number(value)))
+            elif event.get("event") == "end":
+                made.end = event
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise RunError(f"{folder} cannot be read as a run ({error}).") from error
+    return made
+
+
+def write_distil_report(folder: Path) -> Path:
+    """Write ``report.html`` from the directory alone."""
+    made = read_made(folder)
+    body = "\n".join(x for x in (_header(made), *sections(made), _behind(made)) if x)
+    page = whole_page(f"{made.config.get('name', 'run')}: run report", body)
+    write_atomic(folder / NAME, page.encode(errors="replace"), durable=False)
+    return folder / NAME
+
+
+def sections(made: Made) -> list[str]:
+    """All but header and footer: also part of a pipeline's report."""
+    return [_tiles(made), _pictures(made), _judged(made), _learning(made), _cost(made), _method(made)]
+
+
+def student_and_best(made: Made) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The student at its fewest calls, and the best way of sampling the teacher."""
+    mine = [j for j in made.judged if not str(j["way"]).startswith("teacher")]
+    theirs = [j for j in made.judged if str(j["way"]).startswith("teacher")]
+    fid = lambda j: number(j["metrics"].get("fid"))  # noqa: E731
+    return min(mine, key=lambda j: j["calls"], default=None), min(theirs, key=fid, default=None)
+
+
+def verdict(made: Made) -> str:
+    """What came of it, in sentences (HTML)."""
+    method = e(str(made.start.get("method", "a method")))
+    if made.end is None:
+        return f"<b>{method}</b> has not finished."
+    student, best = student_and_best(made)
+    said = [f"<b>{method}</b> made a generator for <b>{e(str(made.start.get('data')))}</b>"]
+    if student is not None:
+        m = student["metrics"]
+        calls = f"<b>{count(student['calls'])} {'call' if student['calls'] == 1 else 'calls'}</b> a sample"
+        said.append(f" that needs {calls}: distance {plain(number(m.get('fid')), 3)}")
+        said.append(f", class agreement {_share(m.get('agreement'))}.")
+    if student is not None and best is not None:
+        m = best["metrics"]
+        said.append(
+            f" Its teacher's best way of sampling needs <b>{count(best['calls'])} calls</b> for a distance of "
+            f"{plain(number(m.get('fid')), 3)} and an agreement of {_share(m.get('agreement'))}."
+        )
+        faster = _seconds(best) / _seconds(student)
+        if math.isfinite(faster):
+            said.append(f" The student is <b>{plain(faster, 2)} times faster</b>.")
+    return "".join(said)
+
+
+def _seconds(judged: Mapping[str, Any]) -> float:
+    return number(judged["metrics"].get("cpu_seconds_per_1000"))
+
+
+def _share(value: Any) -> str:
+    return f"{100 * number(value):.0f} %"
+
+
+def _header(made: Made) -> str:
+    state = '<span class="chip">finished</span>' if made.end else '<span class="chip warn">not finished</span>'
+    return (
+        f'<header>\n<p class="kicker">Run report</p>\n<h1>{e(str(made.config.get("name", "run")))}</h1>\n'
+        f'<p class="meta">{state}</p>\n<p class="verdict">{verdict(made)}</p>\n</header>'
+    )
+
+
+def _tiles(made: Made) -> str:
+    student, best = student_and_best(made)
+    if made.end is None or student is None:
+        return ""
+    tiles = [
+        ("distance to real rows", plain(number(student["metrics"].get("fid")), 3), "lower is better"),
+        ("calls a sample", count(student["calls"]), f"teacher {count(best['calls'])}" if best else ""),
+        ("class agreement", _share(student["metrics"].get("agreement")), "as the judge sees it"),
+        ("1,000 samples", duration(_seconds(student)), f"teacher {duration(_seconds(best))}" if best else ""),
+        ("training", duration(number(made.end.get("cpu_seconds"))), f"{count(made.end['steps'])} steps, CPU time"),
+        ("trained parameters", count(number(made.end.get("trained_parameters"))), "in all networks that learned"),
+    ]
+    return '<dl class="tiles">\n' + "".join(tile(*t) for t in tiles) + "</dl>"
+
+
+def pictures(made: Made, scale: int = 3) -> list[str]:
+    """A figure per way of sampling: two samples of each class."""
+    out = []
+    look = made.start.get("look")
+    for j in made.judged:
+        path = made.folder / "state" / f"samples{j['shown']}.safetensors"
+        if not path.exists() or not isinstance(look, dict):
+            continue
+        from safetensors.torch import load_file
+
+        x = load_file(path)["x"]
+        if x.dim() != 4 or x.shape[1] not in (1, 3):
+            continue
+        pixels = as_pixels(x, look["mean"], look["scale"], look["sigma_data"])
+        title = f"{capital(str(j['way']))}: {count(j['calls'])} {'call' if j['calls'] == 1 else 'calls'}"
+        columns = max(1, len(pixels) // 2)
+        out.append(figure(title, picture(grid(pixels, columns), title, max(1, round(scale * 8 / x.shape[2]))), "grid"))
+    return out
+
+
+def _pictures(made: Made) -> str:
+    figures = pictures(made)
+    if not figures:
+        return ""
+    lead = "Two samples of each class, from the same noise in every row of pictures; nothing was picked."
+    return f'<h2>Samples</h2>\n<p class="lead">{lead}</p>\n<div class="grids">{"".join(figures)}</div>'
+
+
+def _judged(made: Made) -> str:
+    if not made.judged:
+        return ""
+    rows = []
+    for j in made.judged:
+        m = j["metrics"]
+        cells = [str(j["way"]), count(j["calls"]), *(plain(number(m.get(k)), 3) for k in SHOWN)]
+        rows.append([*cells, duration(_seconds(j))])
+    head = ["sampled by", "calls", *(label(k) for k in SHOWN), "1,000 samples"]
+    lead = "; ".join(f"{label(k)}: {v}" for k, v in MEANINGS.items())
+    where = "The judge is a small classifier of this data set: numbers compare rows of this table, not papers."
+    return f'<h2>What the judge says</h2>\n<p class="lead">{e(capital(lead))}. {where}</p>\n' + table(head, rows, "")
+
+
+def _learning(made: Made) -> str:
+    figures = []
+    for name, points in made.losses.items():
+        line = Series(name, [x for x, _ in points], [y for _, y in points])
+        svg = line_chart([line], title=name, x_label="step", x_format=count, whole_x=True, y_format=plain)
+        figures.append(figure(name.replace("/", ": "), svg))
+    lead = "Losses of two networks that chase each other say little by themselves; the pictures say more."
+    return f'<h2>Training</h2>\n<p class="lead">{lead}</p>\n{charts(figures)}' if figures else ""
+
+
+def _cost(made: Made) -> str:
+    if made.end is None:
+        return ""
+    end = made.end
+    rows = [
+        ["training", duration(number(end.get("cpu_seconds"))), f"{count(end['samples'])} rows through losses"],
+        ["teacher's samples made before it", duration(number(end.get("teacher_seconds"))), ""],
+        ["bytes between sites and server", "0 B", "nothing of this stage needs a site"],
+    ]
+    return f"<h2>Cost</h2>\n{table(['', 'CPU time or size', ''], rows, '', kind='words')}"
+
+
+def _method(made: Made) -> str:
+    card = made.card
+    if card is None:
+        return ""
+    needs = {
+        "nothing": "the teacher alone: no data",
+        "teacher samples": "samples that the teacher makes",
+        "images": "real rows",
+    }.get(str(made.start.get("needs")), "")
+    cites = "".join(f"<li>{e(str(c))}</li>\n" for c in card.cites)
+    return (
+        f"<h2>Method</h2>\n<p><b>{e(card.name)}</b>: {e(card.summary)}. It needs {needs}.</p>\n"
+        f"<h3>Please cite</h3>\n<ul>\n{cites}</ul>"
+    )
+
+
+def _behind(made: Made) -> str:
+    return (
+        "<h2>Details</h2>\n<details><summary>Resolved recipe</summary>\n"
+        f"<pre><code>{e(made.text)}</code></pre></details>\n<footer>Made by Atoll from the run's own record.</footer>"
+    )
