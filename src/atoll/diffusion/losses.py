@@ -15,6 +15,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.f_divergences import FDivergence, Weight, weights
 from atoll.diffusion.rollouts import Sample
 from atoll.diffusion.schedules import add_noise, shaped
 
@@ -28,6 +29,7 @@ class Probe:
         ratio: sigma / alpha at t ``[B]``.
         real, fake: the clean sample as teacher and fake score see it.
         rho: the density ratio p_real / p_student at ``x_t`` ``[B]``, without graph; None where nobody estimates it.
+        usual: what weights that depend on ``rho`` are divided by ``[B]``, such as their mean at this noise level.
     """
 
     x_t: Tensor
@@ -36,6 +38,7 @@ class Probe:
     real: Tensor
     fake: Tensor
     rho: Tensor | None = None
+    usual: Tensor | None = None
 
 
 class GeneratorLoss(Protocol):
@@ -134,6 +137,84 @@ class SIMLoss(GeneratorLoss):
         slope = delta / shaped((inner(delta, delta) + c**2).sqrt(), delta)
         loss: Tensor = inner(slope, probe.fake - sample.x).mean() / size**0.5
         return loss
+
+
+class RatioLoss(GeneratorLoss, Protocol):
+    """A loss of an f-divergence, weighted by functions of the density ratio. Without a ratio it is that of the reverse
+    KL divergence, which needs none."""
+
+    def weight(self, rho: Tensor) -> Tensor:
+        """H(rho) ``[B]``, finite whatever the ratio."""
+        ...
+
+
+@dataclass(frozen=True)
+class FDistillLoss(FDivergence, RatioLoss):  # type: ignore[override]
+    """DMD's gradient times ``h(rho) = rho^2 f''(rho)``: that of the divergence D_f(data || student) of the noised laws
+    (Xu, Nie and Vahdat, 2025, arXiv 2502.15681). Weights are divided by their mean over the batch, unless the probe
+    has another.
+
+    Args:
+        f: the divergence.
+        clip: bounds of the density ratio, 1 / clip and clip.
+    """
+
+    through_scores: ClassVar[bool] = False
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        factor = over_distance(sample.x, probe.real)
+        if probe.rho is not None:
+            h = self.weight(probe.rho)
+            factor = factor * h / (h.mean() if probe.usual is None else probe.usual)
+        direction = (probe.fake - probe.real).detach() * shaped(factor, probe.real)
+        target = (sample.anchor - direction).detach()
+        return 0.5 * (sample.anchor - target).square().mean()
+
+
+@dataclass(frozen=True)
+class UniLoss(FDivergence, RatioLoss):  # type: ignore[override]
+    """:func:`f_divergence_loss`, weighted per sample as SiD is (Wang et al., 2025, arXiv 2505.20755).
+
+    Args:
+        f: the divergence D_f(data || student): the reverse KL seeks modes, the forward KL covers them.
+        clip: bounds of the density ratio, 1 / clip and clip.
+        correct: add what the gradient has because the ratio itself depends on the student.
+    """
+
+    correct: bool = True
+    through_scores: ClassVar[bool] = True
+
+    def __call__(self, sample: Sample, probe: Probe) -> Tensor:
+        size = sample.x[0].numel()
+        if probe.rho is None:
+            per_sample = f_divergence_loss(torch.ones_like, sample.x, probe, torch.ones_like(probe.ratio))
+        else:
+            rho = self.clipped(probe.rho)
+            inside = (rho == probe.rho) & self.correct  # where it is clipped, the ratio does not depend on the student
+            per_sample = f_divergence_loss(self.h, sample.x, probe, rho, inside)
+        if probe.usual is not None:
+            per_sample = per_sample / probe.usual
+        return (over_distance(sample.x, probe.real) * per_sample).mean() / size
+
+
+def f_divergence_loss(h: Weight, x: Tensor, probe: Probe, rho: Tensor, correct: Tensor | bool = True) -> Tensor:
+    """``C |delta|^2 + 2 H <delta, fake - x>`` per sample ``[B]``, with C = H - rho H' and weights without graph. Its
+    gradient is that of the weighted squared difference of scores, ``H(rho) |delta|^2``, whose mean over noise levels is
+    the divergence: a gradient along the scores (that of SIM) and one along their difference (that of Diff-Instruct).
+
+    Args:
+        h: H(rho) = rho^2 f''(rho).
+        x: clean samples.
+        probe: what both scores say, with a graph to ``x_t``.
+        rho: the density ratio ``[B]``, without graph.
+        correct: rows ``[B]`` that also get what comes from grad rho = rho (s_real - s_fake), the weights' own
+            dependence on the student.
+    """
+    delta, w = probe.real - probe.fake, weights(h, rho)
+    square, along = inner(delta, delta), inner(delta, probe.fake - x)
+    loss = w.c * square + 2 * w.h * along
+    pull = (2 * w.dh * along + w.dc * square).detach() / probe.ratio**2
+    return loss + torch.where(torch.as_tensor(correct, device=x.device), pull, 0.0) * inner(delta.detach(), x)
 
 
 # ------------------------------------------------------------------------------------------- critics
