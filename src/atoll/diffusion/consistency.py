@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.losses import pseudo_huber
 from atoll.diffusion.rollouts import few_step_ratios
 from atoll.diffusion.schedules import as_times
 from atoll.diffusion.solvers import ddim_step, renoising, start
@@ -70,6 +71,17 @@ def rewound(device: torch.device) -> Iterator[None]:
     """What is drawn inside from the global generator (dropout masks) is drawn again after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def apart(
+    student: Denoiser, judge: Denoiser, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor, cond: Tensor, low: float,
+    c: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Pseudo-Huber distance ``[B]`` between the ends that ``student`` sees from ``x_t`` and ``judge``, without a graph,
+    from the lower point ``x_r`` of the same trajectory. Both draw the same dropout masks: what differs is the time."""
+    with torch.no_grad(), rewound(x_t.device):
+        goal = to_the_end(judge, x_r, r, cond, low)
+    return pseudo_huber(to_the_end(student, x_t, t, cond, low), goal, c)
 
 
 def consistent_samples(

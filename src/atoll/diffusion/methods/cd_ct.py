@@ -11,11 +11,10 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from atoll.core.card import Card, Cite
-from atoll.diffusion.consistency import Gaps, consistent_samples, rewound, to_the_end
+from atoll.diffusion.consistency import Gaps, apart, consistent_samples
 from atoll.diffusion.denoiser import Denoiser, viewed
 from atoll.diffusion.distiller import Distiller, Draw, Needs, Nets, Role, Update, Work, best
 from atoll.diffusion.guidance import Guidance
-from atoll.diffusion.losses import pseudo_huber
 from atoll.diffusion.rows import Rows
 from atoll.diffusion.schedules import LogNormal, TimeLaw, add_noise
 from atoll.diffusion.solvers import ddim_step, heun_step
@@ -98,11 +97,9 @@ class CdCt(Distiller):
             x_r = add_noise(student.schedule, x, eps, r)
             if self.mode == "distil":
                 x_r = self.teacher_step(nets["teacher"], student, x_t, t, r, cond)  # type: ignore[arg-type]
-            with rewound(x.device):  # the same mask below: what differs is the time alone
-                judge: Any = best(nets).train() if self.target == "average" else student
-                goal = to_the_end(judge, x_r, r, cond, self.gaps.low)
-        guess = to_the_end(student, x_t, t, cond, self.gaps.low)
-        yield "student", {"consistency": (pseudo_huber(guess, goal, self.c) / (high - low)).mean()}
+        judge: Any = best(nets).train() if self.target == "average" else student
+        distance = apart(student, judge, x_t, t, x_r, r, cond, self.gaps.low, self.c)
+        yield "student", {"consistency": (distance / (high - low)).mean()}
 
     def teacher_step(
         self, teacher: Denoiser, student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Tensor
