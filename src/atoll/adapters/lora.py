@@ -74,6 +74,12 @@ def inject(model: nn.Module, modules: Sequence[str], ranks: Mapping[int, float])
     return model
 
 
+def adapt(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ()) -> PeftModel:
+    """``model`` under peft's wrapper with one fresh adapter; see :func:`target_modules` for ``targets``."""
+    out: PeftModel = _add(model, target_modules(model, targets), rank, alpha, "default")
+    return out
+
+
 def _add(model: Any, modules: Iterable[str], rank: int, alpha: float, name: str) -> Any:
     """Add one adapter to a plain model or to one that has some already; returns peft's wrapper."""
     from peft import LoraConfig, PeftModel, get_peft_model

@@ -45,6 +45,11 @@ class Denoiser(nn.Module):
         self.classes, self.sigma_data, self.time_scale = classes, sigma_data, time_scale
         self.register_buffer("null_embedding", null)
 
+    @property
+    def has_null(self) -> bool:
+        """There is a null condition: the model can be guided."""
+        return self.classes is not None or self.null_embedding is not None
+
     def null(self, cond: Tensor) -> Tensor:
         """The null condition for as many rows as ``cond`` has."""
         if self.classes is not None:

@@ -144,9 +144,9 @@ class Work:
     build: Callable[[], Denoiser] | None = None
 
     def copy_of(self, teacher: Denoiser) -> Denoiser:
-        """The teacher's weights, to be trained (or the fresh network that stands in for them)."""
-        made = copy.deepcopy(teacher) if self.build is None else self.build()
-        return made.requires_grad_(True)
+        """The teacher's weights, to be trained (or the network that stands in for them: of one with adapters, these
+        alone may train)."""
+        return copy.deepcopy(teacher).requires_grad_(True) if self.build is None else self.build()
 
 
 @dataclass(frozen=True)
