@@ -123,14 +123,14 @@ class Adversary:
         inner: Any = denoiser
         return tuple(f"net.{name}" for name in self.taps or inner.net.taps)
 
-    def head(self, teacher: Denoiser, work: Work) -> nn.Module | None:
-        """A fresh head that fits the teacher's features; None without parameters."""
+    def head(self, net: Denoiser, work: Work) -> nn.Module | None:
+        """A fresh head that fits the features of a network; None without parameters."""
         if not self.learned:
             return None
         x = torch.zeros(1, *work.shape, device=work.device)
-        with torch.no_grad(), tapped(teacher, self.layers(teacher)) as features:
-            teacher(x, teacher.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
-        return ConvHead([places(f).shape[1] for f in features.values()], teacher.classes)
+        with torch.no_grad(), tapped(net, self.layers(net)) as features:
+            net(x, net.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
+        return ConvHead([places(f).shape[1] for f in features.values()], net.classes)
 
     def logits(self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
         """Of clean samples, each at a fresh noise level: ``[B]``, or ``[B, places]`` without a head."""
