@@ -20,7 +20,9 @@ from atoll.diffusion.trainer import Trainer
 from atoll.models.unet import UNet
 
 METHODS = names_in(Distiller.package, Distiller)
-ARGUMENTS: dict[str, dict[str, Any]] = {}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "disback": {"targets": 2, "degrade": 0.34, "backtrack": 0.5},
+}
 """What makes a method small enough for a test."""
 STEPS = 6
 
