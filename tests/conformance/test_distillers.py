@@ -15,12 +15,17 @@ from atoll.core.tree import clone, equal, named_tensors
 from atoll.data.sources.digits import Digits
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
+from atoll.diffusion.pairs import TeacherPairStore, TrajectoryStore
+from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import make_denoiser
 from atoll.diffusion.trainer import Trainer
 from atoll.models.unet import UNet
 
 METHODS = names_in(Distiller.package, Distiller)
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "agd": {"trajectories": TrajectoryStore(count=8, sampler=Sampler(solver="ddim", steps=3))},
+    "hipa": {"pairs": TeacherPairStore(count=24, sampler=Sampler(steps=2))},
+    "rfpp": {"pairs": TeacherPairStore(count=24, sampler=Sampler(steps=2))},
     "disback": {"targets": 2, "degrade": 0.34, "backtrack": 0.5},
 }
 """What makes a method small enough for a test."""
