@@ -17,6 +17,7 @@ from atoll.core.files import user_cache, write_atomic
 from atoll.core.message import NO_LIMITS, Message, decode, detach, encode, seal, unseal
 from atoll.core.tree import clone, copy_, named_tensors
 from atoll.data.dataset import Info
+from atoll.data.source import Source
 from atoll.diffusion.as_denoiser import AsDenoiser, Kind
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Conditions, Images, Work
@@ -42,6 +43,35 @@ def make_denoiser(
         raise DataError(f"{type(network).__name__} does not take a noise level; choose `unet` or `dit` as the model.")
     classes = info.num_classes or 1
     return AsDenoiser(kind, sigma_data)(build_model(network, info, classes, seed), classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A denoiser that is trained in one place, on public rows, before any site is asked: what adapters adapt.
+
+    Args:
+        data: the public rows: keep them apart from those of the sites (``subset`` names rows and classes).
+        steps, batch, lr, seed: of the training, as in :class:`Teacher`.
+    """
+
+    data: Source
+    steps: Annotated[int, Ge(0)] = 1000
+    batch: Annotated[int, Ge(1)] = 128
+    lr: Annotated[float, Gt(0)] = 2e-3
+    seed: int = 0
+
+    def denoiser(self, network: ModelBuilder, kind: Kind, sigma_data: float, info: Info) -> Denoiser:
+        """The trained model, for rows like those that ``info`` describes.
+
+        Raises:
+            DataError: when the public rows are of another shape or have other classes.
+        """
+        rows = self.data.load().train
+        if rows.info.shape != info.shape or rows.info.num_classes != info.num_classes:
+            theirs, ours = (f"{' x '.join(map(str, i.shape))} of {i.num_classes} classes" for i in (rows.info, info))
+            raise DataError(f"The base saw rows of {theirs}, and those of `{info.name}` are {ours}; they must agree.")
+        teacher = Teacher(model=network, kind=kind, steps=self.steps, batch=self.batch, lr=self.lr, seed=self.seed)
+        return teacher.denoiser(Images(rows.about(info), sigma_data))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from atoll.diffusion.as_denoiser import AsDenoiser, Kind, usual_law
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.losses import hidden, training_loss
 from atoll.diffusion.schedules import add_noise
-from atoll.diffusion.teacher import make_denoiser
+from atoll.diffusion.teacher import Base, make_denoiser
 from atoll.models.model import ModelBuilder, seeded
 from atoll.models.unet import UNet
 from atoll.tasks.task import Batch, Task, evaluating, network_at, rows_at_once
@@ -23,7 +23,8 @@ from atoll.tasks.task import Batch, Task, evaluating, network_at, rows_at_once
 
 @dataclass(frozen=True)
 class Denoising(Task):
-    """A :class:`Denoiser` of the data's rows, told their class; rows without classes are all of one.
+    """A :class:`Denoiser` of the data's rows, told their class, or what a column ``cond`` holds, such as embeddings of
+    a text. Data without classes are all of one; a row whose class nobody knows is told none.
 
     The loss of a row is random in noise level and noise, drawn anew at every call. Draws are made on the CPU, so that
     sites with and without a GPU see the same. No moving average of the weights is kept, though single trainings need
@@ -33,12 +34,14 @@ class Denoising(Task):
     Args:
         info: of the data.
         network: the model of every site (and the server): ``unet``, ``dit``, or a module of your own that takes
-            ``(x, time, class)``.
+            ``(x, time, class)``; or ``diffusers_folder``, a checkpoint.
         site_networks: where sites have different hardware: site i gets ``site_networks[i % len]``.
         kind: ``edm`` (preconditioned, variance exploding) or ``flow`` (rectified flow). A network that comes with a
             schedule keeps its own.
         sigma_data: standard deviation that rows are scaled to (they are normalised to 1 before).
-        drop: share of training rows whose class is hidden, so that guidance has a model without classes.
+        drop: share of training rows whose condition is hidden, so that guidance has a model without; not where the
+            model knows no null condition.
+        base: public rows that the common model is trained on first; None starts from nothing.
         levels: noise levels of an evaluation, equally likely ones in training; row i is seen at level i % levels.
     """
 
@@ -48,6 +51,7 @@ class Denoising(Task):
     kind: Kind = "edm"
     sigma_data: Annotated[float, Gt(0)] = 0.5
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
+    base: Base | None = None
     levels: Annotated[int, Ge(1)] = 8
     headline: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
@@ -69,6 +73,8 @@ class Denoising(Task):
                 f"The rows of `{self.info.name}` are {what}, to which no noise can be added; use images, tables or "
                 "series for denoising."
             )
+        if self.base is not None:
+            return self.base.denoiser(self.model_key(site), self.kind, self.sigma_data, self.info)
         return make_denoiser(self.model_key(site), self.info, seed, self.kind, self.sigma_data)
 
     def model_key(self, site: int | None = None) -> ModelBuilder:
@@ -86,7 +92,7 @@ class Denoising(Task):
         denoiser, x, cond = self._given(model, batch)
         ratio = usual_law(denoiser).draw(len(x), torch.default_generator).to(x.device)
         eps, u = _noise(x), torch.rand(len(x)).to(x.device)
-        if model.training and self.drop:
+        if model.training and self.drop and denoiser.has_null:
             cond = hidden(denoiser, cond, u < self.drop)
         return training_loss(denoiser, x, cond, ratio, eps)
 
@@ -105,11 +111,19 @@ class Denoising(Task):
         return {"loss": total / len(data)}
 
     def _given(self, model: nn.Module, batch: Batch) -> tuple[Denoiser, Tensor, Tensor]:
-        """The denoiser, rows of its ``sigma_data``, and their classes (the null class where nobody knows them)."""
+        """The denoiser, rows of its ``sigma_data``, and their conditions."""
+        denoiser: Denoiser = model  # type: ignore[assignment]  # that of `model`, or one with adapters in it
         x = batch["x"] * self.sigma_data
-        told = 0 if self.info.num_classes is None else self.outputs
-        cond = batch["y"] if self.info.num_classes and "y" in batch else torch.full((len(x),), told, device=x.device)
-        return model, x, cond  # type: ignore[return-value]  # that of `model`, or one with adapters in it
+        if "cond" in batch:
+            return denoiser, x, batch["cond"]
+        if getattr(denoiser.net, "wants", "class") == "text":
+            raise DataError(
+                f"This model is told embeddings of a text, and `{self.info.name}` has no column `cond` with them."
+            )
+        if self.info.num_classes and "y" in batch:
+            return denoiser, x, batch["y"]
+        one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return denoiser, x, denoiser.null(one) if self.info.num_classes else one
 
 
 def _noise(x: Tensor) -> Tensor:

@@ -22,13 +22,16 @@ class Subset(Source):
 
     Args:
         source: of the rows.
-        classes: the classes that are kept, by number; they are numbered anew in this order. Empty: all.
+        classes: the classes that are kept, by number; they are numbered anew in this order, unless
+            ``renumber`` is False. Empty: all.
+        renumber: False keeps the classes' own numbers, and the others as classes without a row.
         rows: positions ``[first, end)`` in the source's training part, before classes are chosen; None: all. The
             test part keeps all its rows of these classes.
     """
 
     source: Source
     classes: tuple[Annotated[int, Ge(0)], ...] = ()
+    renumber: bool = True
     rows: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(2, 2)] | None = None
 
     def load(self) -> Loaded:
@@ -60,6 +63,8 @@ class Subset(Source):
         kept = same.any(1).nonzero().flatten()
         if not len(kept):
             raise DataError(f"No row of `{info.name}` has one of the classes {list(self.classes)}.")
+        if not self.renumber:
+            return data.select(kept)
         names = tuple(info.class_names[c] for c in self.classes) if info.class_names else ()
         data = data.select(kept).with_column("y", same[kept].int().argmax(1))
         return data.about(replace(info, num_classes=len(classes), class_names=names))
