@@ -1,11 +1,13 @@
-"""Two small worlds: points on a ring with an exact teacher, and handwritten digits with a tiny network."""
+"""Small worlds: points on a ring with an exact teacher, one Gaussian, and handwritten digits with a tiny network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from atoll.data.dataset import Dataset, Info
 from atoll.data.sources.digits import Digits
@@ -39,6 +41,32 @@ def ring_work(ring_teacher: Denoiser) -> Callable[..., Work]:
         return Work((2,), Conditions.classes(4), rows, seed, batch, build=build)
 
     return make
+
+
+class GaussNet(nn.Module):
+    """The denoiser of N(0.5, 0.3^2) in one dimension under EDM, exact as it comes, that can become any other Gaussian's
+    and any affine step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.mean = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.full((9,), 0.5))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        level = t.clamp(min=1e-4).log()[:, None]
+        near = (-0.5 * (level - torch.linspace(-4, 4, 9)).square()).softmax(1)  # which noise level, smoothly
+        gain = (2 * (math.log(0.3) - level) + (near @ self.gain)[:, None]).sigmoid()
+        return gain * x + (1 - gain) * (near @ self.mean)[:, None]
+
+
+@pytest.fixture
+def gauss_teacher() -> Denoiser:
+    """One Gaussian in one dimension: mean 0.5, standard deviation 0.3. Copies of it can learn, in milliseconds."""
+    return Denoiser(GaussNet(), EDM(), "x0", classes=1, sigma_data=0.3)
+
+
+@pytest.fixture
+def gauss_work() -> Work:
+    return Work((1,), Conditions.classes(1), batch=256)
 
 
 @pytest.fixture(scope="session")

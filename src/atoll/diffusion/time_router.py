@@ -26,10 +26,15 @@ class TimeRouter(nn.Module):
     def __init__(self, experts: Sequence[Denoiser], ends: Tensor) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
-        self.register_buffer("ends", ends.float())
+        self.register_buffer("ends", torch.tensor(ends.tolist()))
         first = experts[0]
         self.schedule, self.classes, self.predicts = first.schedule, first.classes, first.predicts
         self.sigma_data = first.sigma_data
+
+    @property
+    def has_null(self) -> bool:
+        first: Any = self.experts[0]
+        return bool(first.has_null)
 
     def null(self, cond: Tensor) -> Tensor:
         first: Any = self.experts[0]
