@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,11 @@ class Distiller(Protocol):
 def best(nets: Nets, role: str = "student") -> Denoiser:
     """The average of a role's weights where one is kept, else its weights."""
     return nets.get(f"{role}_ema", nets[role])  # type: ignore[return-value]
+
+
+def most(*needs: Needs) -> Needs:
+    """What methods that work together need."""
+    return max(needs, key=get_args(Needs).index)
 
 
 def usual(name: str) -> Any:
