@@ -1,6 +1,6 @@
 """Models as folders that their own ecosystem loads, without Atoll.
 
-``transformers`` and ``peft`` models are saved by their own ``save_pretrained``. Any other module becomes
+``transformers``, ``diffusers`` and ``peft`` models are saved by their own ``save_pretrained``. Any other module becomes
 ``model.safetensors`` (plain names and tensors) and ``model.json`` (what built it, and how to load it).
 """
 
@@ -18,6 +18,8 @@ from atoll.core.build import Reader, describe
 from atoll.core.errors import DataError
 from atoll.core.files import write_json
 from atoll.data.dataset import Info
+from atoll.models.diffusers_folder import holds_diffusers
+from atoll.models.diffusers_net import DiffusersNet
 from atoll.models.model import ModelBuilder, Wrapper, build_model
 from atoll.models.weights import load_weights, read_weights, write_weights
 
@@ -47,10 +49,11 @@ def save_model(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) ->
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    own: Any = getattr(model, "save_pretrained", None)
+    body = getattr(model, "net", model) if info.get("wrapper") and not hasattr(model, "peft_config") else model
+    own: Any = getattr(body, "save_pretrained", None)
     if own is not None:
         own(folder, safe_serialization=True)
-        how = {"load": [_how(model)]}
+        how = {"load": [_how(body)]}
     else:
         write_weights(folder / WEIGHTS, model)
         how = {"load": LOAD}
@@ -73,6 +76,10 @@ def load_model(folder: Path | str, base: nn.Module | None = None) -> nn.Module:
 
         adapted = base if base is not None else _build(folder, _about(folder))
         model: nn.Module = PeftModel.from_pretrained(adapted, folder)
+    elif holds_diffusers(folder):
+        about = _about(folder)
+        read = about["builder"] if about["builder"].get("name") == "diffusers_folder" else {"name": "diffusers_folder"}
+        model = _build(folder, {**about, "builder": {**read, "path": str(folder), "weights": True}})
     elif (folder / "config.json").exists():
         model = _transformers(folder)
     else:
@@ -127,6 +134,8 @@ def _how(model: nn.Module) -> str:
     kind = type(model)
     if hasattr(model, "peft_config"):
         return "peft.PeftModel.from_pretrained(base_model, folder)"
+    if isinstance(model, DiffusersNet):
+        return f"diffusers.{model.kind}.from_pretrained(folder, subfolder={model.part!r})"
     return f"transformers.{kind.__name__}.from_pretrained(folder)"
 
 

@@ -11,10 +11,11 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from atoll.core.card import Card, Cite
+from atoll.diffusion.as_denoiser import usual_law
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Distiller, Draw, Needs, Nets, Role, Update, Work, best
 from atoll.diffusion.losses import hidden, training_loss
-from atoll.diffusion.schedules import LogitNormal, LogNormal, TimeLaw
+from atoll.diffusion.schedules import TimeLaw
 from atoll.diffusion.solvers import Sampler
 
 CARD = Card(
@@ -41,7 +42,8 @@ class EdmFmTeacher(Distiller):
 
     Args:
         lr: of Adam; it falls along a half cosine.
-        law: noise levels; None takes the usual ones: log-normal for EDM, logit-normal for flows.
+        law: noise levels; None takes the usual ones: log-normal for EDM, logit-normal for flows, all steps alike for a
+            table of them.
         drop: fraction of the conditions that are hidden.
         ema: decay of the average that becomes the model.
         sampler: how it is sampled; its number of steps follows from the calls that are asked for.
@@ -63,7 +65,7 @@ class EdmFmTeacher(Distiller):
         student: Denoiser = nets["student"]  # type: ignore[assignment]
         x, cond = draw.real()
         cond = hidden(student, cond, draw.uniform() < self.drop)
-        law = self.law or (LogNormal() if student.predicts == "edm" else LogitNormal())
+        law = self.law or usual_law(student)
         loss = training_loss(student, x, cond, draw.ratios(law), draw.noise())
         yield "student", {"denoising": loss.mean()}
 
