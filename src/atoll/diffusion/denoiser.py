@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -120,7 +120,8 @@ def viewed(denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
 
 @contextmanager
 def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, every call of ``model`` leaves what its submodules ``names`` return in the mapping that is given.
+    """Inside, every call of ``model`` leaves what its submodules ``names`` return in the mapping that is given. Compiled
+    networks, which do not see hooks that come later, run uncompiled meanwhile.
 
     Raises:
         AtollError: when there is no such submodule.
@@ -137,9 +138,11 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
 
         return hook
 
+    compiled = names and any(m._compiled_call_impl is not None for m in modules.values())
     hooks = [modules[n].register_forward_hook(keep(n)) for n in names]
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
