@@ -16,6 +16,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from atoll.core.card import Card, Cite
+from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser, tapped
 from atoll.diffusion.distiller import Draw, Nets, Work
 from atoll.diffusion.rollouts import Sample
@@ -62,11 +63,12 @@ def places(f: Tensor) -> Tensor:
 
 
 class ConvHead(nn.Module):
-    """Features (see :func:`places`) and a class -> one logit ``[B]``; one small network per tapped layer, averaged. It
-    starts at zero."""
+    """Features (see :func:`places`) and a class -> one logit ``[B]``; one small network per tapped layer, averaged, or
+    (``apart``) left as they are, ``[B, layers]``. It starts at zero."""
 
-    def __init__(self, channels: Sequence[int], classes: int | None, width: int = 64) -> None:
+    def __init__(self, channels: Sequence[int], classes: int | None, width: int = 64, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.bodies = nn.ModuleList(
             nn.Sequential(nn.Conv1d(c, width, 1), nn.GroupNorm(math.gcd(width, 8), width), nn.SiLU()) for c in channels
         )
@@ -83,13 +85,32 @@ class ConvHead(nn.Module):
             if self.labels is not None:
                 h = h * (1 + self.labels(cond))
             logits.append(out(h)[:, 0])
-        return torch.stack(logits).mean(0)
+        every = torch.stack(logits, 1)
+        return every if self.apart else every.mean(1)
 
 
 def mean_logits(features: Sequence[Tensor]) -> Tensor:
     """A discriminator without parameters of its own: features averaged over channels ``[B, places]`` (SiDA, Zhou et
     al., 2024, arXiv 2410.14919). The network that has the features learns to make them tell."""
     return torch.cat([places(f).mean(1) for f in features], 1)
+
+
+def blocks_of(net: nn.Module, count: int) -> tuple[str, ...]:
+    """Names of ``count`` blocks (members of lists, and the network's own suggestion), spread evenly over the network.
+
+    Raises:
+        AtollError: when it has none.
+    """
+    listed = {f"{name}.{i}" for name, m in net.named_modules() if isinstance(m, nn.ModuleList) for i in range(len(m))}
+    listed |= set(getattr(net, "taps", ()))
+    names: list[str] = []
+    for name, _ in net.named_modules():
+        if name in listed and not any(name.startswith(f"{n}.") for n in names):  # a block's own parts are none
+            names.append(name)
+    if not names:
+        raise AtollError(f"{type(net).__name__} has no blocks to look at; name some of its modules in `taps`.")
+    count = min(count, len(names))
+    return tuple(names[round((i + 0.5) * len(names) / count - 0.5)] for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,10 @@ class Adversary:
     Args:
         on: whose features it sees: the ``fake`` score's, which then learns with it, or the frozen ``teacher``'s.
         learned: a head of its own; otherwise the mean over channels.
-        taps: modules of the network to look at; empty takes the network's own suggestion.
+        taps: modules of the network to look at; empty takes the network's own suggestion, or, with ``blocks``, as
+            many of its blocks, spread evenly.
+        apart: each of them is judged by itself, as in LADD, not their mean.
+        misaligned: real rows with another row's condition are fakes too.
         kind: of loss.
         weight: in the generator's loss; 0 only estimates the density ratio.
         critic_weight: in the critic's loss.
@@ -111,6 +135,9 @@ class Adversary:
     on: Literal["fake", "teacher"] = "fake"
     learned: bool = True
     taps: tuple[str, ...] = ()
+    blocks: Annotated[int, Ge(0)] = 0
+    apart: bool = False
+    misaligned: bool = False
     kind: Kind = "softplus"
     weight: Annotated[float, Ge(0)] = 3e-3
     critic_weight: Annotated[float, Ge(0)] = 1e-2
@@ -121,7 +148,8 @@ class Adversary:
     def layers(self, denoiser: Denoiser) -> tuple[str, ...]:
         """Names of the tapped modules, from the denoiser."""
         inner: Any = denoiser
-        return tuple(f"net.{name}" for name in self.taps or inner.net.taps)
+        names = self.taps or (blocks_of(inner.net, self.blocks) if self.blocks else inner.net.taps)
+        return tuple(f"net.{name}" for name in names)
 
     def head(self, net: Denoiser, work: Work) -> nn.Module | None:
         """A fresh head that fits the features of a network; None without parameters."""
@@ -130,7 +158,7 @@ class Adversary:
         x = torch.zeros(1, *work.shape, device=work.device)
         with torch.no_grad(), tapped(net, self.layers(net)) as features:
             net(x, net.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
-        return ConvHead([places(f).shape[1] for f in features.values()], net.classes)
+        return ConvHead([places(f).shape[1] for f in features.values()], net.classes, apart=self.apart)
 
     def logits(self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
         """Of clean samples, each at a fresh noise level: ``[B]``, or ``[B, places]`` without a head."""
@@ -149,7 +177,12 @@ class Adversary:
     def critic_loss(self, nets: Nets, sample: Sample, draw: Draw) -> Tensor:
         x, cond = draw.real(len(sample.x))
         real = self.logits(nets, x, cond, draw)
-        loss = discriminator_loss(real, self.logits(nets, sample.x.detach(), sample.cond, draw), self.kind)
+        fake = self.logits(nets, sample.x.detach(), sample.cond, draw)
+        if self.misaligned:
+            wrong = cond.roll(1, 0)
+            differs = (wrong != cond).reshape(len(cond), -1).any(1)
+            fake = torch.cat([fake, self.logits(nets, x[differs], wrong[differs], draw)])
+        loss = discriminator_loss(real, fake, self.kind)
         if self.r1:
             nudged = self.logits(nets, x + 0.1 * draw.noise_like(x), cond, draw)
             loss = loss + self.r1 * (real - nudged).square().mean()
