@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_with_what_to_do(name: str, damage: str, tmp_pat
 
 def test_another_methods_checkpoint_is_refused(tmp_path: Path) -> None:
     toy(folder=tmp_path).go()
-    with pytest.raises(RunError, match="of another method or model .*start the stage again"):
+    with pytest.raises(RunError, match=r"of another method or model .*start the stage again"):
         toy(folder=tmp_path, method=Toy(ema=None)).restore(Message("distil", {}, {}))
 
     class Wider(Toy):
@@ -199,7 +199,7 @@ def test_an_update_changes_the_named_roles_alone_and_leaves_no_gradients() -> No
     trainer._descend = lambda *a: (descend(*a), seen.append((look("student"), look("other"))))[0]  # type: ignore[method-assign, func-returns-value]
     teacher = clone(named_tensors(trainer.teacher))
     trainer.once()
-    assert seen == [(True, False), (False, False)] or seen[0][1] is False
+    assert seen == [(True, False), (False, False)]
     assert all(p.grad is None for module in trainer.nets.values() for p in module.parameters())
     assert equal(teacher, named_tensors(trainer.teacher))
 
@@ -249,7 +249,7 @@ def test_a_batch_that_is_not_finite_is_left_out(clip: float | None) -> None:
     assert equal(before.parts["adam.student"], after.parts["adam.student"])
     assert not equal(before.parts["net.other"], after.parts["net.other"])  # the other role goes on
     trainer.once()
-    assert not equal(after.parts["adam.student"], before.parts["adam.student"]) or trainer.step == 4
+    assert not equal(trainer.state().parts["adam.student"], before.parts["adam.student"])  # and so does this one
     assert all(torch.isfinite(p).all() for m in trainer.nets.values() for p in m.parameters())
 
 

@@ -120,8 +120,8 @@ def viewed(denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
 
 @contextmanager
 def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, every call of ``model`` leaves what its submodules ``names`` return in the mapping that is given. Compiled
-    networks, which do not see hooks that come later, run uncompiled meanwhile.
+    """Inside, every call of ``model`` leaves what its submodules ``names`` return in the mapping that is given.
+    Compiled networks, which do not see hooks that come later, run uncompiled meanwhile.
 
     Raises:
         AtollError: when there is no such submodule.
