@@ -178,9 +178,9 @@ def report(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, generated from the builders' signatures."""
-    from atoll.recipes.recipe import recipe_schema
+    from atoll.recipes.pipeline import whole_schema
 
-    print(json.dumps(recipe_schema(), indent=1))
+    print(json.dumps(whole_schema(), indent=1))
 
 
 # ------------------------------------------------------------------------------------------- federations
@@ -332,9 +332,9 @@ def cite(recipe: Reference, changes: Changes = None, bibtex: bool = False, as_js
     from dataclasses import asdict
 
     from atoll.claims.catalogue import cites_of
-    from atoll.recipes.recipe import load_recipe
+    from atoll.recipes.pipeline import load_any
 
-    found = cites_of(load_recipe(recipe, changes or []))
+    found = cites_of(load_any(recipe, changes or []))
     if as_json:
         print(json.dumps([{"part": part, **asdict(c)} for part, c in found], indent=2))
     else:

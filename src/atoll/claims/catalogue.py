@@ -11,6 +11,8 @@ from typing import Any
 from atoll.core.build import describe, find, parameters
 from atoll.core.card import Cite, all_cards
 from atoll.core.errors import RecipeError
+from atoll.recipes.distil import Distil
+from atoll.recipes.pipeline import Pipeline
 from atoll.recipes.recipe import Recipe
 from atoll.recipes.record import cards_in
 
@@ -87,10 +89,13 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
 
 
-def cites_of(recipe: Recipe) -> list[tuple[str, Cite]]:
-    """(part, paper) for each card that the recipe uses, each paper once."""
+def cites_of(recipe: Recipe | Distil | Pipeline) -> list[tuple[str, Cite]]:
+    """(part, paper) for each card that the recipe (or one of its stages) uses, each paper once."""
+    if isinstance(recipe, Pipeline):
+        return list({str(c): (part, c) for stage in recipe.stages.values() for part, c in cites_of(stage)}.values())
     found: dict[str, tuple[str, Cite]] = {}
-    for card in (*cards_in(recipe.make_method()), *cards_in(recipe)):
+    made = recipe.make_method() if isinstance(recipe, Recipe) else None
+    for card in (*cards_in(made), *cards_in(recipe)):
         for c in card.cites:
             found.setdefault(str(c), (card.name, c))
     return list(found.values())

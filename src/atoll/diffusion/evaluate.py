@@ -76,7 +76,7 @@ def make_judge(images: Images, epochs: int = 3, seed: int = 0) -> Judge:
         pass
     except MessageError:
         path.unlink(missing_ok=True)  # damaged: train again
-    epochs = max(epochs, -(-1000 * 128 // len(images)))  # at least a thousand steps, on small sets too
+    epochs = max(epochs, -(-600 * 128 // len(images)))  # at least 600 steps, on small sets too
     optimiser, order = torch.optim.Adam(judge.parameters(), lr=2e-3), stream(seed, "judge", "rows")
     with progress(epochs, "training the judge") as bar:
         for epoch in range(epochs):

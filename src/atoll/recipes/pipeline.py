@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from atoll.core.build import describe
+from atoll.core.build import describe, schema
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_atomic
 from atoll.recipes.distil import Distil, DistilRun, foresee_making, prepare, read_distil
-from atoll.recipes.recipe import Recipe, edit, from_python, load_recipe, located, read_recipe, read_yaml
+from atoll.recipes.recipe import Recipe, edit, from_python, load_recipe, located, read_recipe, read_yaml, recipe_schema
 from atoll.recipes.run import Run, finished, reopen
 from atoll.recipes.run import start as start_run
 
@@ -100,6 +100,23 @@ def load_any(reference: str, changes: Sequence[str] = ()) -> Recipe | Distil | P
     if value.get("stage", "federate") == "distil":
         return read_distil(value, reference)
     return load_recipe(reference, changes)
+
+
+def whole_schema() -> dict[str, Any]:
+    """JSON schema of everything that ``atoll run`` takes, generated from the builders' signatures."""
+    federated = recipe_schema()
+    dialect, of_making = federated.pop("$schema"), schema(Distil)
+    of_making["properties"]["stage"] = {"const": "distil"}
+    defs = {"federate": federated, "distil": of_making}
+    either = [{"$ref": f"#/$defs/{name}"} for name in defs]
+    pipeline = {
+        "type": "object", "title": "Pipeline", "required": ["stages"], "additionalProperties": False,
+        "properties": {
+            "name": {"type": "string"}, "shared": {"type": "object"},
+            "stages": {"type": "object", "additionalProperties": {"anyOf": either}},
+        },
+    }  # fmt: skip
+    return {"$schema": dialect, "$defs": defs, "anyOf": [*either, pipeline]}
 
 
 def as_config(chosen: Distil | Pipeline) -> dict[str, Any]:

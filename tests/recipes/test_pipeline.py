@@ -1,0 +1,187 @@
+"""Stages as one run: read with all problems at once, resumed to the same bits, told on one page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import yaml
+from typer.testing import CliRunner
+
+from atoll.cli import app
+from atoll.core.errors import AtollError, RecipeError, RunError
+from atoll.core.files import read_json_lines
+from atoll.core.tree import equal
+from atoll.recipes.distil import Distil, read_distil
+from atoll.recipes.pipeline import (
+    Pipeline,
+    as_yaml,
+    foreseen,
+    load_any,
+    read_pipeline,
+    reopen_stages,
+    start_stages,
+)  # fmt: skip
+from atoll.recipes.png import grid, png
+from atoll.recipes.recipe import Recipe, load_recipe
+
+TINY = {"name": "unet", "width": 8}
+GENERATOR = {"task": "denoising", "model": TINY, "sites": 3, "rounds": 2, "method": {"name": "fedavg"}}
+ONE_STEP = {
+    "stage": "distil", "start": "generator", "method": "sim", "steps": 4, "batch": 16, "samples": 40,
+    "compare": [{"solver": "ddim", "steps": 3}],
+}  # fmt: skip
+ALONE = {
+    "stage": "distil", "name": "alone", "teacher": {"steps": 2, "batch": 16, "model": TINY}, "method": "dmd",
+    "steps": 8, "batch": 16, "samples": 40, "limit": 400,
+}  # fmt: skip
+STORY = {
+    "name": "story", "shared": {"data": "digits", "limit": 400},
+    "stages": {"generator": GENERATOR, "classifier": {"sites": 3, "rounds": 2}, "one_step": ONE_STEP},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_all_problems_of_all_stages_are_told_at_once():
+    wrong = {
+        "name": "x", "shared": {"dat": "digits"}, "extra": 1,
+        "stages": {
+            "generator": {**GENERATOR, "roundz": 3},
+            "one_step": {**ONE_STEP, "start": "generatr", "method": "simm"},
+            "later": {"stage": "distill"},
+        },
+    }  # fmt: skip
+    with pytest.raises(RecipeError) as e:
+        read_pipeline(wrong)
+    text = str(e.value)
+    for said in (
+        "`extra`: a recipe with stages has", "`shared.dat`: no stage has such a field. Did you mean `data`?",
+        "stage `generator`: `roundz`", "stage `one_step`: `method`", "there is no stage `distill`. Did you mean `distil`?",
+    ):  # fmt: skip
+        assert said in text, said
+    with pytest.raises(RecipeError, match=r"`start` names no earlier stage\. Did you mean `generator`"):
+        read_pipeline({**STORY, "stages": {"generator": GENERATOR, "one_step": {**ONE_STEP, "start": "generatr"}}})
+    with pytest.raises(RecipeError, match="`stages` must be a mapping"):
+        read_pipeline({"stages": []})
+    with pytest.raises(RecipeError, match="Say how long to train"):
+        read_distil({"method": "sim"})
+
+
+def test_a_recipe_is_written_as_it_is_read(tmp_path: Path):
+    pipeline = read_pipeline(STORY)
+    (tmp_path / "r.yaml").write_text(as_yaml(pipeline))
+    again = load_any(str(tmp_path / "r.yaml"))
+    assert isinstance(again, Pipeline)
+    assert as_yaml(again) == as_yaml(pipeline)
+    stages = again.stages
+    assert isinstance(stages["one_step"], Distil)
+    assert isinstance(stages["classifier"], Recipe)
+    assert stages["classifier"].limit == 400
+    with pytest.raises(RecipeError, match="a single federated recipe"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_story_from_start_to_page(tmp_path: Path):
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump(STORY))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "story.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"sim: 1 calls, distance [\d.e+]+, class agreement", result.output)
+    for stage in STORY["stages"]:
+        assert (tmp_path / "run" / stage / "report.html").exists()
+        assert list((tmp_path / "run" / stage / "model").iterdir())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2  # the teacher's samples and the student's
+    assert not re.search(r'(src|href)="(?!data:|generator/|classifier/|one_step/)', page)
+    assert "<script>" in page
+    for said in ("Generator", "Classifier", "One step", "distance", "0 B"):
+        assert said in page, said
+    done = reopen_stages(tmp_path / "run")
+    assert done is not None
+    before = (tmp_path / "run" / "one_step" / "events.jsonl").read_bytes()
+    done.go()  # finished: nothing is done twice
+    assert (tmp_path / "run" / "one_step" / "events.jsonl").read_bytes() == before
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run"), "--json"])
+    assert set(json.loads(shown.output)) == set(STORY["stages"])
+    with pytest.raises(RunError, match="already holds a run"):
+        start_stages(read_pipeline(STORY), tmp_path / "run")
+
+
+def test_a_killed_distillation_ends_with_the_same_bits(tmp_path: Path):
+    chosen = read_distil({**ALONE, "steps": 40})
+    start_stages(chosen, tmp_path / "straight").go()
+
+    run = start_stages(chosen, tmp_path / "killed")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from atoll.diffusion import trainer
+
+            trainer.Trainer.save_every = 0.0  # after every step
+            run.chosen = chosen
+            run.go()
+        finally:
+            os._exit(1)
+    events = tmp_path / "killed" / "events.jsonl"
+    for _ in range(3000):
+        if events.exists() and sum(e["event"] == "step" for e in read_json_lines(events)) >= 5:
+            break
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    reopened = reopen_stages(tmp_path / "killed")
+    assert reopened is not None
+    reopened.go()
+    ours, theirs = (
+        safetensors.torch.load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "killed")
+    )
+    assert equal(ours, theirs)
+    steps = [e["step"] for e in read_json_lines(events) if e["event"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_plan_names_steps_and_work():
+    plans = foreseen(read_pipeline(STORY))
+    assert plans["one_step"]["steps"] == 4
+    assert plans["one_step"]["flops"] > 0
+    assert plans["generator"].up_bytes > 0
+    budget = foreseen(read_distil({**ALONE, "steps": None, "budget": 0.001}))[""]
+    assert budget["steps"] >= 1
+    assert budget["flops"] <= 0.001e12
+
+
+def test_equal_budgets_are_equal_work(tmp_path: Path):
+    """A method whose step is dearer gets fewer of them."""
+    budget = {**ALONE, "steps": None, "budget": 0.01}
+    steps = {m: foreseen(read_distil({**budget, "method": m}))[""]["steps"] for m in ("dmd", "sim")}
+    assert steps["sim"] < steps["dmd"]
+
+
+def test_what_is_no_denoiser_is_no_teacher(tmp_path: Path):
+    from atoll.core.errors import DataError
+
+    with pytest.raises((DataError, AtollError)):
+        foreseen(read_distil({**ALONE, "start": str(tmp_path)}))
+
+
+def test_a_png_holds_the_pixels():
+    import zlib
+
+    import numpy as np
+
+    image = np.arange(2 * 3 * 1, dtype=np.uint8).reshape(2, 3, 1)
+    data = png(image)
+    body = data[data.index(b"IDAT") + 4 : data.index(b"IEND") - 8]
+    assert zlib.decompress(body) == b"\0\x00\x01\x02\0\x03\x04\x05"
+    tiles = grid(np.zeros((3, 2, 2, 1), np.uint8), columns=2, gap=1)
+    assert tiles.shape == (5, 5, 1)
+    assert tiles[2].min() == 255
