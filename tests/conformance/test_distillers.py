@@ -15,7 +15,9 @@ from atoll.core.tree import clone, equal, named_tensors
 from atoll.data.sources.digits import Digits
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
+from atoll.diffusion.latent_reward import LatentReward
 from atoll.diffusion.pairs import TeacherPairStore, TrajectoryStore
+from atoll.diffusion.rewards import InkFraction
 from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import make_denoiser
 from atoll.diffusion.trainer import Trainer
@@ -23,10 +25,12 @@ from atoll.models.unet import UNet
 
 METHODS = names_in(Distiller.package, Distiller)
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "dollar": {"taste": LatentReward(InkFraction(), trust=0.0, ramp=0.5, keep=40)},
     "agd": {"trajectories": TrajectoryStore(count=8, sampler=Sampler(solver="ddim", steps=3))},
     "hipa": {"pairs": TeacherPairStore(count=24, sampler=Sampler(steps=2))},
     "rfpp": {"pairs": TeacherPairStore(count=24, sampler=Sampler(steps=2))},
     "disback": {"targets": 2, "degrade": 0.34, "backtrack": 0.5},
+    "lcsc": {"record": 0.5, "checkpoints": 3, "samples": 60},
 }
 """What makes a method small enough for a test."""
 STEPS = 6
