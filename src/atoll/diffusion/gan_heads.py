@@ -181,7 +181,8 @@ class Adversary:
         if self.misaligned:
             wrong = cond.roll(1, 0)
             differs = (wrong != cond).reshape(len(cond), -1).any(1)
-            fake = torch.cat([fake, self.logits(nets, x[differs], wrong[differs], draw)])
+            if differs.any():
+                fake = torch.cat([fake, self.logits(nets, x[differs], wrong[differs], draw)])
         loss = discriminator_loss(real, fake, self.kind)
         if self.r1:
             nudged = self.logits(nets, x + 0.1 * draw.noise_like(x), cond, draw)
