@@ -293,32 +293,29 @@ def _name(builder: Any) -> str:
 # ------------------------------------------------------------------------------------------- schema
 
 
-def schema(annotation: Any, inside: tuple[str, ...] = ()) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what :meth:`Reader.read` accepts for an annotation.
+def schema(annotation: Any) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of what :meth:`Reader.read` accepts for an annotation. What a part may be stands
+    once, under ``$defs``, however often and however deep it is used."""
+    defs: dict[str, Any] = {}
+    plain = _bare(annotation)
+    whole = _buildable(plain) and not hasattr(plain, "package")
+    out = _object(plain, frozenset(), defs) if whole else _schema(annotation, defs)
+    return {**out, "$defs": defs} if defs else out
 
-    Args:
-        inside: packages of the parts that this is a part of. A source of a source (of a source) may be anything: every
-            further level would multiply the schema by the sources that have one.
-    """
+
+def _schema(annotation: Any, defs: dict[str, Any]) -> dict[str, Any]:
     plain = _bare(annotation)
     if isinstance(plain, types.UnionType) or typing.get_origin(plain) is typing.Union:
         if any(_buildable(_bare(c)) or _several(_bare(c)) for c in typing.get_args(plain)):
-            return {"anyOf": [schema(c, inside) for c in typing.get_args(plain)]}
+            return {"anyOf": [_schema(c, defs) for c in typing.get_args(plain)]}
     elif _several(plain):
-        return {"type": "array", "items": schema(typing.get_args(plain)[0], inside)}
+        return {"type": "array", "items": _schema(typing.get_args(plain)[0], defs)}
     elif _buildable(plain):
-        package = getattr(plain, "package", None)
-        if package is None:
-            return _object(plain, frozenset(), inside)
-        if inside.count(package) == 2:
-            return {}
-        later: frozenset[str] = getattr(plain, "later", frozenset())
-        return {
-            "anyOf": [
-                {"enum": names_in(package, plain)},
-                *(_object(find(package, n), later, (*inside, package), n) for n in names_in(package, plain)),
-            ]
-        }
+        name = f"{plain.__module__}.{plain.__qualname__}"
+        if name not in defs:
+            defs[name] = {}  # parts hold parts of their own kind: whoever asks again gets the reference
+            defs[name] = _choices(plain, defs) if hasattr(plain, "package") else _object(plain, frozenset(), defs)
+        return {"$ref": f"#/$defs/{name}"}
     from pydantic import ConfigDict, TypeAdapter
     from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
     from pydantic_core import SchemaError
@@ -329,13 +326,21 @@ def schema(annotation: Any, inside: tuple[str, ...] = ()) -> dict[str, Any]:
         return {}  # a Python object: only a recipe function can give it
 
 
-def _object(builder: Builder, later: frozenset[str], inside: tuple[str, ...], name: str = "") -> dict[str, Any]:
+def _choices(protocol: Any, defs: dict[str, Any]) -> dict[str, Any]:
+    """A bare name, or a mapping with the name and fields of one of the protocol's builders."""
+    names = names_in(protocol.package, protocol)
+    later: frozenset[str] = getattr(protocol, "later", frozenset())
+    builders = (_object(find(protocol.package, n, protocol), later, defs, n) for n in names)
+    return {"anyOf": [{"enum": names}, *builders]}
+
+
+def _object(builder: Builder, later: frozenset[str], defs: dict[str, Any], name: str = "") -> dict[str, Any]:
     properties: dict[str, Any] = {"name": {"const": name}} if name else {}
     required = ["name"] if name else []
     for p in parameters(builder).values():
         if p.name in later:
             continue
-        entry = schema(p.annotation, inside)
+        entry = _schema(p.annotation, defs)
         if p.help:
             entry = {**entry, "description": p.help}
         if not p.required:

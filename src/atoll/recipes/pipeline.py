@@ -104,11 +104,11 @@ def load_any(reference: str, changes: Sequence[str] = ()) -> Recipe | Distil | P
 
 def whole_schema() -> dict[str, Any]:
     """JSON schema of everything that ``atoll run`` takes, generated from the builders' signatures."""
-    federated = recipe_schema()
-    dialect, of_making = federated.pop("$schema"), schema(Distil)
-    of_making["properties"]["stage"] = {"const": "distil"}
-    defs = {"federate": federated, "distil": of_making}
-    either = [{"$ref": f"#/$defs/{name}"} for name in defs]
+    federated, making = recipe_schema(), schema(Distil)
+    dialect = federated.pop("$schema")
+    defs = {**federated.pop("$defs"), **making.pop("$defs"), "federate": federated, "distil": making}
+    making["properties"]["stage"] = {"const": "distil"}
+    either = [{"$ref": f"#/$defs/{name}"} for name in KINDS]
     pipeline = {
         "type": "object", "title": "Pipeline", "required": ["stages"], "additionalProperties": False,
         "properties": {
