@@ -139,8 +139,7 @@ def adaptable(net: nn.Module, targets: tuple[str, ...] = ()) -> list[str]:
 
 
 def with_adapters(denoiser: Denoiser, rank: int, targets: tuple[str, ...] = ()) -> Denoiser:
-    """``denoiser`` with fresh adapters, which are all that learns. In place; their effect starts at zero."""
-    denoiser.requires_grad_(False)
+    """``denoiser`` with fresh adapters, which are all that learns: peft freezes the rest. In place; they start at 0."""
     lora.inject(denoiser.net, adaptable(denoiser.net, targets), {rank: rank})
     return denoiser
 
