@@ -16,6 +16,7 @@ import yaml
 from atoll.core.errors import DataError
 from atoll.federated.local.training import Training
 from atoll.federated.methods.fedavg import fedavg
+from atoll.recipes.pipeline import read_pipeline
 from atoll.recipes.recipe import load_recipe, read_recipe
 from atoll.recipes.run import plan, prepare
 
@@ -53,7 +54,12 @@ def test_python_in_the_readme_runs(code, capsys):
 
 @pytest.mark.parametrize("text", blocks(README, "yaml"), ids=lambda t: t.split("\n", 1)[0])
 def test_recipes_in_the_readme_are_recipes(text, tmp_path, monkeypatch):
-    recipe = read_recipe(yaml.safe_load(text))
+    value = yaml.safe_load(text)
+    if "stages" in value:
+        stages = read_pipeline(value).stages
+        assert stages["one_step"].start in stages
+        return
+    recipe = read_recipe(value)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="There is no file"):
         prepare(recipe)
