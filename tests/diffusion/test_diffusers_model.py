@@ -220,6 +220,21 @@ def test_a_preconditioned_model_is_seen_through_its_scheduler():
     assert torch.allclose(got, want, atol=1e-4)
 
 
+def test_pixart_is_told_the_size_where_it_asks_for_it():
+    config = {**SMALL, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 12}
+    torch.manual_seed(0)
+    model = KINDS["PixArtTransformer2DModel"](**config, use_additional_conditions=True).eval()
+    denoiser = from_diffusers(model, DDPM())
+    x, tokens = torch.randn(2, 4, 8, 12), torch.randn(2, 5, 12)
+    added = {  # as the pipeline says it: pixels, and height over width
+        "resolution": torch.tensor([[64.0, 96.0]]).repeat(2, 1), "aspect_ratio": torch.tensor([[8 / 12]]).repeat(2, 1),
+    }  # fmt: skip
+    with torch.no_grad():
+        want = model(x, tokens, torch.tensor([7, 7]), added_cond_kwargs=added).sample[:, :4]
+        got = denoiser.predict(x, torch.tensor(8 / 1000), tokens, "eps")
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_a_dit_hides_no_class_of_its_own_accord():
     denoiser, x = wrapped("dit").train(), torch.randn(64, 4, 8, 8)
     label, t = torch.zeros(64).long(), torch.tensor(0.5)

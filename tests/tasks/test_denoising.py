@@ -128,6 +128,13 @@ def test_noise_comes_from_the_global_generator_and_is_fresh(digits):
     again = task.loss(model, batch)
     assert torch.equal(first, again)
     assert not torch.allclose(first, second)
+    task = Denoising(digits.info, User(Remembers), kind="flow")
+    model = task.model(0)
+    for _ in range(2):
+        task.loss(model, batch)
+    noise = [(x - (1 - t.view(-1, 1, 1, 1)) * batch["x"] * 0.5) / t.view(-1, 1, 1, 1) for x, t, _ in model.net.asked]
+    assert not torch.allclose(noise[0], noise[1], atol=0.1), "the noise is fresh, not only its level"
+    assert float(noise[0].std()) == pytest.approx(1, abs=0.1)
 
 
 def test_rows_without_classes_are_of_one():
