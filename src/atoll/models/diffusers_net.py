@@ -303,7 +303,7 @@ def quiet() -> Iterator[Any]:
             import diffusers
             from diffusers.utils import logging
     except ImportError as e:
-        raise AtollError("Checkpoints of diffusers need this library: `pip install diffusers`.") from e
+        raise AtollError("Checkpoints of diffusers need this library: `pip install atoll[diffusion]`.") from e
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
