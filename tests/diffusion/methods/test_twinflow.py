@@ -369,6 +369,15 @@ def test_ways_to_sample_agree_at_one_call_and_differ_later(ring_work: Worlds) ->
     assert torch.equal(made("any", 4, 0), made("any", 4, 1))
     assert not torch.allclose(made("few", 4, 0), made("few", 4, 1))
 
+    net, (first, second) = nets["student"], as_times(FLOW, few_step_ratios(2, 40.0), z)[:2]
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        t, zero = first.expand(6), torch.zeros(6)
+        guess = first * z - first * velocity(net, first * z, t, zero, cond)
+        again = (1 - second) * guess + second * eps
+        by_hand = again - second * velocity(net, again, second.expand(6), zero, cond)
+    assert torch.allclose(made("few", 2), by_hand, atol=1e-5)
+
 
 def test_without_images_it_learns_from_the_teachers_samples(ring_teacher: Denoiser, ring_work: Worlds) -> None:
     method = TwinFlow(rows=Rows(TeacherPairStore(count=64, batch=64)))
