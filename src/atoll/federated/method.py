@@ -346,6 +346,7 @@ class Combine(Protocol):
            interval   virtual seconds between merges that its weights count on, or None
            restless   its weights count on all sites starting again as soon as they can
            at_peers   judges replies by a site's own model and rows, so it merges at sites alone (gossip)
+           again      takes what it gives, as where aggregators merge below the server
     """
 
     package: ClassVar[str] = "atoll.federated.combine"
@@ -357,6 +358,7 @@ class Combine(Protocol):
     counted: ClassVar[tuple[str, ...]] = ()
     restless: ClassVar[bool] = False
     at_peers: ClassVar[bool] = False
+    again: ClassVar[bool] = True
 
     @property
     def interval(self) -> float | None:

@@ -17,6 +17,7 @@ class KeepApart(Combine):
     of examples. Keeps as many models in memory as there are replies."""
 
     accepts: ClassVar[tuple[str, ...]] = ("letter", "delta")
+    again: ClassVar[bool] = False
 
     def combine(self, replies: Iterable[Reply], context: MergeContext) -> Message:
         parts, about = {}, {}

@@ -72,7 +72,7 @@ class Tree(Topology):
             )
         if method.secure is not None:
             out.append(f"{type(method.secure).__name__} adds replies at the server, not in a Tree; use Star.")
-        if not method.combine.summable and "delta" not in method.combine.accepts:
+        if not method.combine.summable and not ("delta" in method.combine.accepts and method.combine.again):
             out.append(
                 f"Tree merges once more what aggregators send, and {combiner} gives another kind of message than it "
                 "takes; use Star."
