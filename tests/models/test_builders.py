@@ -14,12 +14,14 @@ from atoll.core.errors import DataError
 from atoll.core.tree import equal, named_tensors
 from atoll.data.dataset import Info
 from atoll.models.cnn import CNN
+from atoll.models.dit import DiT
 from atoll.models.lm import LM
 from atoll.models.logistic import Logistic
 from atoll.models.mlp import MLP
 from atoll.models.model import build_model, seeded
 from atoll.models.series_transformer import SeriesTransformer
 from atoll.models.transformers_model import TransformersModel
+from atoll.models.unet import UNet
 from atoll.models.user import User
 from atoll.models.vit import ViT
 
@@ -51,13 +53,14 @@ CASES = [
     (SeriesTransformer(dim=8, layers=1, heads=2, dropout=0.1), SERIES),
     (ViT(patch=1, dim=8, layers=1, heads=2, dropout=0.1), IMAGE), (TransformersModel(config=GPT), TEXT), (User(Noisy, {"width": 3}), IMAGE),
 ]  # fmt: skip
+DENOISERS = [(UNet(width=8, fold=1, numbers=1), IMAGE), (DiT(patch=1, dim=8, layers=1, heads=2), IMAGE)]
 
 
 def outputs(info: Info) -> int:
     return info.num_classes or 0
 
 
-@pytest.mark.parametrize(("network", "info"), CASES, ids=lambda c: repr(c)[:40])
+@pytest.mark.parametrize(("network", "info"), [*CASES, *DENOISERS], ids=lambda c: repr(c)[:40])
 def test_equal_seeds_give_equal_bits_and_leave_the_generators_alone(network, info):
     torch.manual_seed(1)
     random.seed(1)
