@@ -9,13 +9,16 @@ from atoll.data.partitions.iid import Iid
 from atoll.data.sources.stochastic_blocks import StochasticBlocks
 from atoll.models.mlp import MLP
 from atoll.models.subspace import Subspace
+from atoll.models.unet import UNet
 from atoll.models.vit import ViT
 from atoll.tasks.anomaly_detection import AnomalyDetection
 from atoll.tasks.classification import Classification
+from atoll.tasks.denoising import Denoising
 from atoll.tasks.node_classification import NodeClassification
 
 GRAPHS = {"fed_gnodeformer"}
 SUBSPACES = {"fedpca": Subspace(4)}  # as `run` has it
+DENOISERS = {"ddm"}
 NETWORKS = {"fedmgp": ViT(patch=4, dim=8, layers=2, heads=2)}
 
 
@@ -39,6 +42,8 @@ def digits_federation(request, digits_federation, blocks):
 def digits_task(request, digits, digits_task, blocks):
     if network := SUBSPACES.get(_name(request)):
         return AnomalyDetection(digits.info, network)
+    if _name(request) in DENOISERS:
+        return Denoising(digits.info, UNet(width=8))
     if network := NETWORKS.get(_name(request)):
         return Classification(digits.info, network)
     return NodeClassification(blocks.info, MLP(hidden=(16,))) if _name(request) in GRAPHS else digits_task

@@ -18,10 +18,12 @@ import atoll.federated.methods
 from atoll.core.errors import RecipeError
 from atoll.core.message import encoded_size
 from atoll.core.tree import equal
+from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.check import problems_of
 from atoll.federated.codecs.quantise import Quantise
+from atoll.federated.local.training import Training
 from atoll.federated.method import Method
 from atoll.federated.schedules.buffered import Buffered
 from atoll.federated.select.uniform import Uniform
@@ -30,6 +32,7 @@ from atoll.federated.topologies.tree import Tree
 from atoll.federated.visit import Job
 
 ARGUMENTS: dict[str, dict[str, object]] = {
+    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},  # 20 epochs else
     "fed_hh": {"column": "y", "test_seed": 1, "allow_insecure_test_seed": True},  # its noise would differ in each run
     "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},  # each run would draw others
     "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},  # the same

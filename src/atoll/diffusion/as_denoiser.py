@@ -11,8 +11,10 @@ from torch import nn
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.diffusers_model import denoiser_of
 from atoll.diffusion.discrete_vp import DiscreteVP, UniformSteps
+from atoll.diffusion.experts import ensemble_of
 from atoll.diffusion.schedules import EDM, RF, LogitNormal, LogNormal, TimeLaw
 from atoll.models.diffusers_net import DiffusersNet
+from atoll.models.expert_nets import ManyNets
 from atoll.models.model import Wrapper
 
 Kind = Literal["edm", "flow"]
@@ -34,6 +36,8 @@ class AsDenoiser(Wrapper):
     def __call__(self, net: nn.Module, outputs: int) -> Denoiser:
         if isinstance(net, Denoiser):
             return net
+        if isinstance(net, ManyNets):
+            return ensemble_of([self(each, outputs) for each in net.nets], net.shape, net.top_k, net.width)
         if isinstance(net, DiffusersNet):
             return denoiser_of(net, self.sigma_data)
         if self.kind == "edm":

@@ -21,6 +21,7 @@ from atoll.diffusion.losses import hidden
 from atoll.diffusion.readers import SampleReader
 from atoll.diffusion.schedules import KarrasIndex, TimeLaw, add_noise, shaped
 from atoll.diffusion.solvers import Sampler
+from atoll.models.model import seeded
 
 EVERYWHERE = KarrasIndex(least=0.0)
 """Noise levels that a router learns at: all through which sampling goes."""
@@ -103,6 +104,19 @@ class ExpertEnsemble(Denoiser):
     def _raw(self, x_t: Tensor, t: Tensor, cond: Tensor, more: dict[str, Any]) -> Tensor:
         out: Tensor = self(x_t, t, cond, **more)
         return out
+
+
+def ensemble_of(
+    experts: Sequence[Denoiser], shape: tuple[int, ...], top_k: int | None, width: int = 16, seed: int = 0
+) -> ExpertEnsemble:
+    """Experts that are told classes, with a fresh router for samples of a shape. ``top_k`` is at most their number."""
+    classes = experts[0].classes
+    if classes is None:
+        raise AtollError("Experts are asked for classes, and these are told embeddings.")
+    with seeded(seed, "router"):
+        router = Router(len(experts), experts[0], shape, torch.arange(classes), width)
+    router.to(next(experts[0].parameters()).device)
+    return ExpertEnsemble(experts, router, None if top_k is None else min(top_k, len(experts)))
 
 
 # ------------------------------------------------------------------------------------------- the router learns

@@ -138,6 +138,11 @@ def _private(m: Method, noise: Codec) -> Iterator[str]:
             f"{name(noise)} bounds one site's influence, but {name(m.combine)} weights sites by their "
             "number of samples; use WeightedMean(by='uniform')."
         )
+    if m.local.tells:
+        yield (
+            f"{name(noise)} hides what tensors say, and {name(m.local)} tells more of a site's rows than that, e.g. "
+            f"how many there are of each class; drop {name(noise)}."
+        )
     if not m.schedule.synchronous:
         yield (
             f"{name(noise)} is accounted for per round, but under {name(m.schedule)} a site may reply twice "

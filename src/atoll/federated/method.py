@@ -230,11 +230,13 @@ class LocalWork(Protocol):
     May    data_dependent_size  a message's size depends on what was learned; a dry visit then gives the most
            epsilon              what a run spends of privacy at the site already, or None
            epsilon_of           of what: each training row, unless it says so
+           tells                a message's facts speak of the data too, where no noise reaches
     """
 
     package: ClassVar[str] = "atoll.federated.local"
     produces: ClassVar[str] = "delta"
     synchronous_only: ClassVar[bool] = False
+    tells: ClassVar[bool] = False
 
     @property
     def data_dependent_size(self) -> bool:
