@@ -40,7 +40,7 @@ def test_the_velocity_of_an_edm_model_is_its_denoiser_rewritten(time: float) -> 
     teacher, x, cond = ring(), 1.5 * gaussian(0, 6, 2), torch.tensor([0, 1, 2, 3, 0, 4])
     t = torch.full((6,), time)
     clean = teacher(x / (1 - time), t / (1 - t), cond)
-    assert torch.allclose(velocity(teacher, x, t, cond), (x - clean) / time, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(x - time * velocity(teacher, x, t, cond), clean, atol=2e-5)
 
 
 def test_models_of_other_schedules_have_the_same_velocity() -> None:
@@ -84,10 +84,9 @@ def test_times_follow_the_u(a: float, seed: int) -> None:
 
 
 def test_the_velocity_loss_by_hand() -> None:
-    v, u, t = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor([0.25])
-    c = 0.00054 * 2
-    assert velocity_loss(v, u, t).item() == pytest.approx(0.75 * (math.sqrt(25 + c**2) - c) / 2, rel=1e-6)
-    assert velocity_loss(v, u, t, "l2").item() == pytest.approx(12.5)
+    v, u, c = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 0.00054 * 2
+    assert velocity_loss(v, u).item() == pytest.approx((math.sqrt(25 + c**2) - c) / 2, rel=1e-6)
+    assert velocity_loss(v, u, "l2").item() == pytest.approx(12.5)
 
 
 class Fixed(torch.nn.Module):
@@ -142,6 +141,10 @@ def test_features_count_one_over_t_as_much() -> None:
         )
         far = perceptual_distance(features, x + 0.5, x)
         assert float(said["perceptual"]) == pytest.approx(2 * float(far) / time, rel=1e-3)
+        alone = losses_of(RFpp(law=At(time)), student, material)
+        wanted = float(velocity_loss(torch.full_like(x, -0.5 / time), torch.zeros_like(x)))  # v - (z - x) = (x - D) / t
+        assert float(alone["velocity"]) == pytest.approx(wanted, rel=1e-3)
+        assert float(said["velocity"]) == pytest.approx((1 - time) * wanted, rel=1e-3)
 
 
 def test_levels_stop_where_sampling_starts() -> None:

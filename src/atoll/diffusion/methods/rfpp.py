@@ -45,13 +45,16 @@ class RFpp(Distiller):
     No data is needed. The student starts as the teacher itself, read as a velocity.
 
     Departs: times stop where the teacher's noise levels do (``first``; the paper's is 1e5), since a network that is
-    seldom shown a level does not know it; real images with inverted noise are not mixed in.
+    seldom shown a level does not know it; real images with inverted noise are not mixed in. The factor 1 - t of the
+    velocity's loss is used only together with features, which then rule at t = 1: without them nothing would be learned
+    there, and a single step asks nowhere else.
 
     Args:
         pairs: how the teacher's pairs are made.
         law: times at which the velocity learns; levels above ``first`` are drawn at ``first``.
-        distance: ``huber``, (1 - t) times the pseudo-Huber distance, or ``l2``, which vanilla Reflow descends.
-        perceptual: features in which guess and sample are compared as well, divided by t; none by default.
+        distance: ``huber``, the pseudo-Huber distance, or ``l2``, which vanilla Reflow descends.
+        perceptual: features in which guess and sample are compared as well, divided by t, while the velocity's distance
+            counts 1 - t; none by default.
         perceptual_weight: of that part.
         sampler: ``euler``, or ``anchored``: from each guess back towards the noise that it started with.
         first: sigma / alpha at which sampling starts.
@@ -91,11 +94,12 @@ class RFpp(Distiller):
         t = RF().time(draw.ratios(self.law).clamp(max=self.first))
         x_t = add_noise(RF(), x, z, t)
         v = velocity(student, x_t, t, cond)
-        losses = {"velocity": velocity_loss(v, z - x, t, self.distance).mean()}
-        if "features" in nets:
-            far = perceptual_distance(nets["features"], x_t - shaped(t, v) * v, x) / t
-            losses["perceptual"] = self.perceptual_weight * far.mean()
-        yield "student", losses
+        far = velocity_loss(v, z - x, self.distance)
+        if "features" not in nets:
+            yield "student", {"velocity": far.mean()}
+            return
+        looks = perceptual_distance(nets["features"], x_t - shaped(t, v) * v, x) / t
+        yield "student", {"velocity": ((1 - t) * far).mean(), "perceptual": self.perceptual_weight * looks.mean()}
 
     def generate(
         self, nets: Nets, z: Tensor, cond: Tensor, calls: int, generator: torch.Generator | None = None
@@ -116,13 +120,13 @@ def velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, **more: A
     return convert(RF(), viewed(denoiser, RF())(x_t, t, cond, **more), "x0", "flow", x_t, t.expand(len(x_t)))
 
 
-def velocity_loss(v: Tensor, target: Tensor, t: Tensor, distance: str = "huber") -> Tensor:
-    """Per sample ``[B]``, as a mean over numbers: ``(1 - t) (sqrt(|v - u|^2 + c^2) - c)`` with c = 0.00054 for each
-    number, or the squared error."""
+def velocity_loss(v: Tensor, target: Tensor, distance: str = "huber") -> Tensor:
+    """Per sample ``[B]``, as a mean over numbers: ``sqrt(|v - u|^2 + c^2) - c`` with c = 0.00054 for each number, or
+    the squared error."""
     size = v[0].numel()
     if distance == "l2":
         return (v - target).square().flatten(1).mean(1)
-    return (1 - t) * pseudo_huber(v, target, 0.00054 * size) / size
+    return pseudo_huber(v, target, 0.00054 * size) / size
 
 
 def anchored(schedule: NoiseSchedule, guess: Guess, z: Tensor, times: Tensor) -> Tensor:
