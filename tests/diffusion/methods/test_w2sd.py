@@ -21,7 +21,7 @@ from atoll.diffusion.guidance import Guidance
 from atoll.diffusion.methods.w2sd import W2SD, guess_of
 from atoll.diffusion.reflection import lora_scaled, reflect, reflected, reflections
 from atoll.diffusion.schedules import EDM, RF, VP, NoiseSchedule, Trig, as_times, karras_grid
-from atoll.diffusion.solvers import SOLVERS, Guess, Sampler
+from atoll.diffusion.solvers import SOLVERS, Guess, Sampler, ddim
 from atoll.diffusion.trainer import Trainer
 
 SCHEDULES = [EDM(), RF(), VP(), Trig()]
@@ -194,6 +194,21 @@ def test_a_pair_of_guidances_follows_the_condition_more_than_either(ring_work: C
 
     plain = [agreement(teacher, Sampler("ddim", 20, g)(teacher, z, cond), cond) for g in (weak, strong)]
     assert share(weak, strong) < plain[0] < plain[1] < share(strong, weak)
+
+
+def test_guidances_a_and_b_make_guidance_2a_minus_b() -> None:
+    """A reflected step of EDM is a step with the sum of both differences, to second order."""
+    teacher = ring(std=0.6)
+    x, cond = 2 * gaussian(0, 64, 2), torch.arange(64) % 4
+    far = []
+    for step in (0.1, 0.05):
+        times = torch.tensor([1.5, 1.5 * (1 - step), 0.0])
+        strong, weak = guess_of(teacher, Guidance(2.0), cond), guess_of(teacher, Guidance(0.5), cond)
+        there = ddim(EDM(), strong, reflected(EDM(), strong, weak, x, times[0], times[1]), times[:2])
+        wanted, plain = (ddim(EDM(), guess_of(teacher, Guidance(w), cond), x, times[:2]) for w in (3.5, 2.0))
+        far.append(float((there - wanted).norm() / (plain - wanted).norm()))
+    assert far[1] < 0.1
+    assert far[1] < 0.6 * far[0]
 
 
 def mixed(share: int, of: int) -> Denoiser:

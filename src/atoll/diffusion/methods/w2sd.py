@@ -44,8 +44,9 @@ class W2SD(Distiller):
     reflected step, and where one is guided, each of those counts twice.
 
     The pair is the teacher under two guidances; or the teacher and ``weak_model``, such as a half-trained copy, or the
-    common model when the teacher is a site's own; or two scales of the teacher's LoRA. Large differences overshoot:
-    lower ``first`` or ``gap``. Nothing is trained.
+    common model when the teacher is a site's own; or two scales of the teacher's LoRA. Guidances a and b make, to first
+    order, the guidance 2 a - b; large differences overshoot as a large scale does: lower ``first`` or ``gap``. Nothing
+    is trained.
 
     Args:
         strong, weak: guidance of either.
