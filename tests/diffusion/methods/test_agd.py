@@ -197,6 +197,17 @@ def test_which_blocks_are_found() -> None:
     assert found
     assert all(".attentions." in name for name in found)
     assert blocks_of(build("dit")[0].net, ["blocks.1.up"]) == ("blocks.1.up",)
+
+    class InnerAttention(nn.Module):
+        pass
+
+    class OuterAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = InnerAttention()
+
+    both_kinds = nn.ModuleDict({"residual": UNet(width=8).build(INFO, 3), "looks": OuterAttention()})
+    assert blocks_of(both_kinds) == ("looks",)  # attention before residual blocks, and the outermost of it
     with pytest.raises(AtollError, match=r"no block `blocks\.7`"):
         blocks_of(build("dit")[0].net, ["blocks.7"])
     with pytest.raises(AtollError, match="neither attention nor residual"):
