@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from atoll.diffusion.denoiser import Denoiser
@@ -178,10 +178,13 @@ class UniLoss(FDivergence, RatioLoss):  # type: ignore[override]
     Args:
         f: the divergence D_f(data || student): the reverse KL seeks modes, the forward KL covers them.
         clip: bounds of the density ratio, 1 / clip and clip.
-        correct: add what the gradient has because the ratio itself depends on the student.
+        correction: bound of what the gradient has because the ratio itself depends on the student, against the pull
+            towards the data; 0 leaves it out, inf is exact. It grows with the cube of the difference of scores, and may
+            point away from the data (it does for JS); only a right ratio holds it, so with a learnt one and no bound
+            samples can run away.
     """
 
-    correct: bool = True
+    correction: Annotated[float, Ge(0)] = 0.5
     through_scores: ClassVar[bool] = True
 
     def __call__(self, sample: Sample, probe: Probe) -> Tensor:
@@ -190,14 +193,15 @@ class UniLoss(FDivergence, RatioLoss):  # type: ignore[override]
             per_sample = f_divergence_loss(torch.ones_like, sample.x, probe, torch.ones_like(probe.ratio))
         else:
             rho = self.clipped(probe.rho)
-            inside = (rho == probe.rho) & self.correct  # where it is clipped, the ratio does not depend on the student
-            per_sample = f_divergence_loss(self.h, sample.x, probe, rho, inside)
+            inside = rho == probe.rho  # where it is clipped, the ratio does not depend on the student
+            most = torch.where(inside, self.correction * 2 * self.h(rho), 0.0)
+            per_sample = f_divergence_loss(self.h, sample.x, probe, rho, most)
         if probe.usual is not None:
             per_sample = per_sample / probe.usual
         return (over_distance(sample.x, probe.real) * per_sample).mean() / size
 
 
-def f_divergence_loss(h: Weight, x: Tensor, probe: Probe, rho: Tensor, correct: Tensor | bool = True) -> Tensor:
+def f_divergence_loss(h: Weight, x: Tensor, probe: Probe, rho: Tensor, most: Tensor | None = None) -> Tensor:
     """``C |delta|^2 + 2 H <delta, fake - x>`` per sample ``[B]``, with C = H - rho H' and weights without graph. Its
     gradient is that of the weighted squared difference of scores, ``H(rho) |delta|^2``, whose mean over noise levels is
     the divergence: a gradient along the scores (that of SIM) and one along their difference (that of Diff-Instruct).
@@ -207,14 +211,16 @@ def f_divergence_loss(h: Weight, x: Tensor, probe: Probe, rho: Tensor, correct: 
         x: clean samples.
         probe: what both scores say, with a graph to ``x_t``.
         rho: the density ratio ``[B]``, without graph.
-        correct: rows ``[B]`` that also get what comes from grad rho = rho (s_real - s_fake), the weights' own
-            dependence on the student.
+        most: bound ``[B]`` of what comes from grad rho = rho (s_real - s_fake), the weights' own dependence on the
+            student; None has all of it.
     """
     delta, w = probe.real - probe.fake, weights(h, rho)
     square, along = inner(delta, delta), inner(delta, probe.fake - x)
     loss = w.c * square + 2 * w.h * along
     pull = (2 * w.dh * along + w.dc * square).detach() / probe.ratio**2
-    return loss + torch.where(torch.as_tensor(correct, device=x.device), pull, 0.0) * inner(delta.detach(), x)
+    if most is not None:
+        pull = torch.maximum(torch.minimum(pull, most), -most)
+    return loss + pull * inner(delta.detach(), x)
 
 
 # ------------------------------------------------------------------------------------------- critics

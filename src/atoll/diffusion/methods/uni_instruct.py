@@ -47,7 +47,9 @@ class UniInstruct(ScoreDistillation):
     are needed. Not so for the reverse KL divergence, whose weights are 1: pass ``adversary=None`` with it.
 
     Here the weights are divided by their running mean at each noise level, so that a divergence chooses between samples
-    and not between levels. (The paper's constants per divergence are not public in a form that could be checked.)
+    and not between levels, and what the gradient has because rho depends on the student is bounded (see
+    :class:`UniLoss`): exact with the exact ratio, it ran away with a learnt one. (The paper's own constants per
+    divergence could not be checked.)
 
     Args:
         loss: the divergence: :class:`UniLoss`, or the DMD gradient with the same weights, :class:`FDistillLoss`.
