@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from atoll.core.build import Reader
 from atoll.core.errors import AtollError
 from atoll.diffusion.denoiser import Denoiser
-from atoll.diffusion.distiller import Draw, Work
+from atoll.diffusion.distiller import Conditions, Distiller, Draw, Work
 from atoll.diffusion.exact import exact_mixture
 from atoll.diffusion.losses import Denoising
 from atoll.diffusion.methods.dmd import DMD
@@ -273,3 +275,48 @@ def test_steps_aware_students_are_told_how_many(gauss_teacher: Denoiser, many: W
         grid = few_step_ratios(count, 10.0).float()
         assert torch.allclose(sample.s[rows], grid[sample.step[rows] + 1])
     assert OdePrefix().told(torch.ones(2)) == {}
+
+
+# ------------------------------------------------------------------------------------------- what they are used for
+
+
+class Reads(nn.Module):
+    """A network for rows ``[B, 3, 2]`` and embeddings ``[B, 5]``, as a user may bring it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embed = nn.Linear(1, 16)
+        self.cond, self.inward, self.out = nn.Linear(5, 16), nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        h = self.inward(x.flatten(1)) + self.time_embed(t[:, None]) + self.cond(cond)
+        out: Tensor = self.out(h.tanh()).reshape(x.shape)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("schedule", "predicts"), [(EDM(), "edm"), (RF(), "flow"), (VP(), "eps"), (Trig(), "v")], ids=repr
+)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "sid_fewstep", "mode": "anti"}, {"name": "tdm", "rollout": {"name": "ode_prefix", "counts": [4, 2]}},
+        {"name": "tdm", "rollout": {"name": "ode_prefix", "interval": "nested"}, "guidance": {"scale": 2.0}},
+        {"name": "phased_dmd"}, {"name": "phased_dmd", "rollout": {"name": "phase_prefix", "steps": 3, "phases": 3}},
+        {"name": "dmd", "rollout": "random_exit"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_methods_take_any_schedule_shape_and_embeddings(method: Any, schedule: Any, predicts: Any) -> None:
+    """Named as in a recipe; on a network of the user's own."""
+    made: Any = Reader().read(Distiller, method, "method")
+    torch.manual_seed(0)
+    teacher = Denoiser(Reads(), schedule, predicts, null=torch.zeros(5))
+    work = Work((3, 2), Conditions(torch.randn(7, 5)), batch=8)
+    trainer = Trainer(made, teacher, work, 3)
+    for _ in range(3):
+        assert all(math.isfinite(v) for v in trainer.once().values())
+    for calls in made.few:
+        x = made.generate(trainer.nets, torch.randn(4, 3, 2), torch.randn(4, 5), calls)
+        assert x.shape == (4, 3, 2)
+        assert torch.isfinite(x).all()
