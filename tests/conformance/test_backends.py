@@ -10,12 +10,15 @@ import pytest
 
 import atoll.federated.methods
 from atoll.core.tree import equal
+from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
+from atoll.federated.local.training import Training
 from atoll.federated.select.uniform import Uniform
 
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
+    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
     "fedkseed": {"steps": 5, "pool": 64},
     "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
     "fedbuff": {"k": 2},

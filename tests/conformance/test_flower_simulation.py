@@ -17,11 +17,13 @@ import atoll.federated.methods
 import atoll.flower
 from atoll.core.message import Message
 from atoll.core.tree import equal
+from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.flower_simulation import FlowerWorkers, start_nodes
 from atoll.federated.backends.inline import Inline
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.top_k import TopK
 from atoll.federated.local.local_sgd import LocalSGD
+from atoll.federated.local.training import Training
 from atoll.federated.method import Backend
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedopt import fedopt
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
+    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
     "fedkseed": {"steps": 5, "pool": 64},
     "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
     "fedbuff": {"k": 2},

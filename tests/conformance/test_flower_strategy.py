@@ -14,8 +14,10 @@ import torch
 import atoll.federated.methods
 import atoll.flower
 from atoll.core.errors import AtollError
+from atoll.diffusion.solvers import Sampler
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.top_k import TopK
+from atoll.federated.local.training import Training
 from atoll.federated.methods.centralised import centralised
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedbuff import fedbuff
@@ -31,6 +33,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 ARGUMENTS: dict[str, dict[str, object]] = {
     "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
+    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
     "fedkseed": {"steps": 5, "pool": 64},
     "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
 }
