@@ -17,6 +17,7 @@ from atoll.data.dataset import Dataset, Info
 from atoll.diffusion.denoiser import Denoiser, tapped
 from atoll.diffusion.distiller import Conditions, Draw, Images, Work
 from atoll.diffusion.gan_heads import Adversary, ConvHead, discriminator_loss, fooling_loss, mean_logits, places
+from atoll.diffusion.guidance import Guidance
 from atoll.diffusion.losses import DMDLoss
 from atoll.diffusion.methods.dmd import DMD
 from atoll.diffusion.rollouts import clean
@@ -207,10 +208,16 @@ def test_gradients_go_where_they_belong() -> None:
 def test_the_penalty_is_on_a_small_step() -> None:
     net, work = line(rows=64)
     adversary, sample = Adversary(learned=False), clean(torch.zeros(512, 1), torch.zeros(512, dtype=torch.int64))
+    log: Any = net.net.log  # type: ignore[union-attr]
+    log.clear()
     with torch.no_grad():
         plain = adversary.critic_loss({"fake": net}, sample, draw(work))
         smooth = replace(adversary, r1=10.0).critic_loss({"fake": net}, sample, draw(work))
     assert float(smooth) > float(plain)
+    (x, t), _, (nudged, same) = log[2:]
+    assert torch.equal(t, same)  # level and noise are those of the row itself
+    step = (nudged - x)[:, 0] * ((8 * t).exp() + 1).sqrt()
+    assert float(step.std()) == pytest.approx(0.1, abs=0.01)
 
 
 def test_ratios_stay_within_their_bounds() -> None:
@@ -245,6 +252,35 @@ def test_methods_train_with_it(on: Any, learned: bool, ring_work: Callable[..., 
         assert all(math.isfinite(v) for v in losses.values())
         assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
         assert ("head" in trainer.roles) is learned
+
+
+@pytest.mark.parametrize("on", ["fake", "teacher"])
+def test_the_ratio_is_read_where_the_discriminator_looks(
+    on: Any, digit_teacher: Denoiser, digit_work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of the judging network at the probe's own point, for the samples' conditions (guided: twice the rows)."""
+
+    class Ratio(DMDLoss):
+        needs_ratio = True
+
+    seen: list[list[Tensor]] = []
+    plain = Adversary.density_ratio
+
+    def spied(self: Adversary, nets: Any, features: Any, cond: Tensor) -> Tensor:
+        seen.append(features)
+        return plain(self, nets, features, cond)
+
+    monkeypatch.setattr(Adversary, "density_ratio", spied)
+    method = DMD(Ratio(), adversary=Adversary(on=on, learned=False), guidance=Guidance(2.0))
+    nets: Any = Trainer(method, digit_teacher, digit_work, 2).nets
+    with torch.no_grad():
+        next(nets["fake"].net.inward.parameters()).add_(0.1)  # so that the two differ
+        d = draw(digit_work)
+        sample = method.rollout(nets["student"], d)
+        probe = method.probe(nets, sample, d)
+        with tapped(nets[on], method.adversary.layers(nets[on])) as features:  # type: ignore[union-attr]
+            nets[on](probe.x_t, probe.t, sample.cond)
+    assert torch.allclose(seen[0][0], next(iter(features.values())), atol=1e-5)
 
 
 def test_a_loss_that_needs_the_ratio_needs_a_discriminator(digit_teacher: Denoiser, digit_work: Work) -> None:

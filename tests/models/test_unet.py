@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atoll.core.errors import DataError
@@ -16,7 +17,7 @@ from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.schedules import EDM
 from atoll.models.dit import DiT
 from atoll.models.model import build_model
-from atoll.models.unet import TimeAndClass, UNet
+from atoll.models.unet import ResBlock, TimeAndClass, UNet
 
 CASES = [
     (UNet(width=8), (1, 8, 8)), (UNet(width=8, fold=1), (3, 13, 9)), (UNet(width=12, fold=3), (2, 9, 15)),
@@ -113,6 +114,17 @@ def test_further_numbers_start_without_effect(network: Any) -> None:
     told = model(x, t, cond, numbers=numbers)
     assert not torch.allclose(told, model(x, t, cond))
     assert not torch.allclose(told, model(x, t, cond, numbers=numbers.flip(1)))
+
+
+def test_a_block_is_modulated_by_scale_and_shift() -> None:
+    torch.manual_seed(0)
+    block, g = ResBlock(8, 12, 16), stream(3, "block")
+    x, e = torch.randn(2, 8, 5, 4, generator=g), torch.randn(2, 16, generator=g)
+    assert torch.equal(block(x, e), block.short(x))  # its second convolution starts at zero
+    nn.init.normal_(block.conv2.weight)
+    scale, shift = block.film(e)[:, :12, None, None], block.film(e)[:, 12:, None, None]
+    h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+    assert torch.allclose(block(x, e), block.short(x) + block.conv2(F.silu(h)), atol=1e-5)
 
 
 def test_times_close_and_far_are_told_apart() -> None:

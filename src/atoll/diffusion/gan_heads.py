@@ -160,12 +160,20 @@ class Adversary:
             net(x, net.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
         return ConvHead([places(f).shape[1] for f in features.values()], net.classes, apart=self.apart)
 
-    def logits(self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
-        """Of clean samples, each at a fresh noise level: ``[B]``, or ``[B, places]`` without a head."""
+    def levels(self, nets: Nets, x: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """A fresh time ``[B]`` and fresh noise for every row."""
         net: Any = nets[self.on]
-        t = net.schedule.time(draw.ratios(self.law, len(x)))
+        return net.schedule.time(draw.ratios(self.law, len(x))), draw.noise_like(x)
+
+    def logits(
+        self, nets: Nets, x: Tensor, cond: Tensor, draw: Draw, level: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Of clean samples, each at a fresh noise level unless one is given: ``[B]``, or ``[B, places]`` without a
+        head."""
+        net: Any = nets[self.on]
+        t, eps = self.levels(nets, x, draw) if level is None else level
         with tapped(net, self.layers(net)) as features:
-            net(add_noise(net.schedule, x, draw.noise_like(x), t), t, cond)
+            net(add_noise(net.schedule, x, eps, t), t, cond)
         return self.read(nets, list(features.values()), cond)
 
     def read(self, nets: Nets, features: Sequence[Tensor], cond: Tensor) -> Tensor:
@@ -176,7 +184,8 @@ class Adversary:
 
     def critic_loss(self, nets: Nets, sample: Sample, draw: Draw) -> Tensor:
         x, cond = draw.real(len(sample.x))
-        real = self.logits(nets, x, cond, draw)
+        level = self.levels(nets, x, draw)
+        real = self.logits(nets, x, cond, draw, level)
         fake = self.logits(nets, sample.x.detach(), sample.cond, draw)
         if self.misaligned:
             wrong = cond.roll(1, 0)
@@ -185,7 +194,7 @@ class Adversary:
                 fake = torch.cat([fake, self.logits(nets, x[differs], wrong[differs], draw)])
         loss = discriminator_loss(real, fake, self.kind)
         if self.r1:
-            nudged = self.logits(nets, x + 0.1 * draw.noise_like(x), cond, draw)
+            nudged = self.logits(nets, x + 0.1 * draw.noise_like(x), cond, draw, level)  # the step alone differs
             loss = loss + self.r1 * (real - nudged).square().mean()
         return self.critic_weight * loss
 
