@@ -31,6 +31,7 @@ from atoll.diffusion.methods.sim import SIM
 from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import Teacher, make_denoiser
 from atoll.diffusion.trainer import Trainer
+from atoll.recipes.pictures import keep_samples
 
 EVENTS = 50
 """Lines of losses that a run writes, however many steps it takes."""
@@ -197,20 +198,17 @@ class DistilRun:
                 lambda z, c, g, n=calls: recipe.method.generate(trainer.nets, z, c, n, g),
             ))  # fmt: skip
         out: list[dict[str, Any]] = []
+        shown: list[tuple[str, Tensor]] = []
         for label, calls, generate in ways:
             metrics, x = judge_generator(
                 reference, generate, ready.work.shape, ready.conditions, samples=recipe.samples, device=ready.device
             )
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            out.append({"way": label, "calls": calls, "metrics": finite, "shown": len(out)})
-            self._keep(len(out) - 1, x[: 2 * len(ready.conditions)])
+            out.append({"way": label, "calls": calls, "metrics": finite})
+            shown.append((f"{label}: {calls} {'call' if calls == 1 else 'calls'}", x[: 2 * len(ready.conditions)]))
+        if len(ready.work.shape) == 3:
+            keep_samples(self.folder, ready.images.data.info, ready.images.sigma_data, shown)
         return out
-
-    def _keep(self, place: int, x: Tensor) -> None:
-        from safetensors.torch import save_file
-
-        (self.folder / "state").mkdir(parents=True, exist_ok=True)
-        save_file({"x": x.contiguous()}, self.folder / "state" / f"samples{place}.safetensors")
 
     def _export(self, trainer: Trainer) -> None:
         from atoll.models.export import save_model
@@ -229,7 +227,6 @@ class DistilRun:
             "event": "start", "at": _now(), "name": ready.recipe.name, "method": described(ready.recipe.method),
             "needs": ready.recipe.method.needs, "data": info.name, "steps": trainer.steps,
             "parameters": sum(p.numel() for p in ready.teacher.parameters()),
-            "look": {"mean": _plain(info.mean), "scale": _plain(info.scale), "sigma_data": ready.images.sigma_data},
         }  # fmt: skip
 
     def _read(self) -> list[dict[str, Any]]:
@@ -250,10 +247,6 @@ def steps_of(recipe: Distil, trainer: Trainer) -> int:
     trainer.prepare()
     each = trainer.flops_per_step()
     return max(1, int(recipe.budget * 1e12 / each)) if each else 0
-
-
-def _plain(value: Tensor | float) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str, Any]:

@@ -14,10 +14,9 @@ import yaml
 from atoll.core.card import Card, all_cards
 from atoll.core.errors import RunError
 from atoll.core.files import read_json_lines, write_atomic
-from atoll.diffusion.evaluate import as_pixels
 from atoll.recipes.charts import Series, line_chart
 from atoll.recipes.page import capital, charts, figure, label, table, tile, whole_page
-from atoll.recipes.png import grid, picture
+from atoll.recipes.pictures import gallery, sample_figures
 from atoll.recipes.words import count, duration, number, plain
 
 NAME = "report.html"
@@ -147,32 +146,9 @@ def _tiles(made: Made) -> str:
     return '<dl class="tiles">\n' + "".join(tile(*t) for t in tiles) + "</dl>"
 
 
-def pictures(made: Made, scale: int = 3) -> list[str]:
-    """A figure per way of sampling: two samples of each class."""
-    out = []
-    look = made.start.get("look")
-    for j in made.judged:
-        path = made.folder / "state" / f"samples{j['shown']}.safetensors"
-        if not path.exists() or not isinstance(look, dict):
-            continue
-        from safetensors.torch import load_file
-
-        x = load_file(path)["x"]
-        if x.dim() != 4 or x.shape[1] not in (1, 3):
-            continue
-        pixels = as_pixels(x, look["mean"], look["scale"], look["sigma_data"])
-        title = f"{capital(str(j['way']))}: {count(j['calls'])} {'call' if j['calls'] == 1 else 'calls'}"
-        columns = max(1, len(pixels) // 2)
-        out.append(figure(title, picture(grid(pixels, columns), title, max(1, round(scale * 8 / x.shape[2]))), "grid"))
-    return out
-
-
 def _pictures(made: Made) -> str:
-    figures = pictures(made)
-    if not figures:
-        return ""
     lead = "Two samples of each class, from the same noise in every row of pictures; nothing was picked."
-    return f'<h2>Samples</h2>\n<p class="lead">{lead}</p>\n<div class="grids">{"".join(figures)}</div>'
+    return gallery(sample_figures(made.folder), lead)
 
 
 def _judged(made: Made) -> str:

@@ -11,6 +11,7 @@ from atoll.core.files import write_atomic
 from atoll.recipes import distil_report, report
 from atoll.recipes.distil import Distil
 from atoll.recipes.page import capital, table, whole_page
+from atoll.recipes.pictures import gallery, sample_figures
 from atoll.recipes.readings import at_delta, epsilon_of, headline_spread, measured_on
 from atoll.recipes.record import Record, read_record
 from atoll.recipes.sections.cost import cost
@@ -35,7 +36,15 @@ def write_pipeline_report(folder: Path, pipeline: Pipeline) -> Path:
             shown.append((name, distil_report.read_made(own)))
         else:
             shown.append((name, read_record(own)))
-    body = "\n".join([_header(pipeline, shown), _summary(shown), *(_stage(n, s) for n, s in shown), _end(folder)])
+    body = "\n".join(
+        [
+            _header(pipeline, shown),
+            _summary(shown),
+            _gallery(folder, shown),
+            *(_stage(n, s) for n, s in shown),
+            _end(folder),
+        ]
+    )
     write_atomic(folder / NAME, whole_page(f"{pipeline.name}: report", body).encode(errors="replace"), durable=False)
     return folder / NAME
 
@@ -75,6 +84,16 @@ def _summary(shown: Shown) -> str:
     return "<h2>The stages</h2>\n" + table(head, rows, "", kind="words")
 
 
+def _gallery(folder: Path, shown: Shown) -> str:
+    """The pictures of all stages, one after the other."""
+    figures = []
+    for name, stage in shown:
+        for made in sample_figures(folder / name) if stage is not None else ():
+            figures.append(made.replace("<figcaption><b>", f"<figcaption><b>{e(capital(name))}, ", 1))
+    lead = "What each stage's model draws: two samples of each class, from noise that nobody picked."
+    return gallery(figures, lead)
+
+
 def _federated(r: Record) -> list[str]:
     metric, seen = r.headline, r.evaluated
     result = f"{metric} {metric_text(metric, seen[-1].metrics[metric])} ({measured_on(r)})" if seen else MISSING
@@ -104,7 +123,7 @@ def _stage(name: str, stage: Any) -> str:
     if isinstance(stage, Record):
         parts = [report.tiles(stage), learning(stage), across(stage, None), cost(stage)]
     else:
-        parts = distil_report.sections(stage)
+        parts = [p for p in distil_report.sections(stage) if not p.startswith("<h2>Samples")]  # they are above
     inside = "\n".join(p for p in parts if p).replace("<h3>", "<h4>").replace("</h3>", "</h4>")
     inside = inside.replace("<h2>", "<h3>").replace("</h2>", "</h3>")
     more = f'<p class="note">More in <a href="{e(name)}/report.html">the report of this stage</a>.</p>'

@@ -14,6 +14,7 @@ from atoll.core.errors import RunError
 from atoll.core.files import write_atomic
 from atoll.recipes import words
 from atoll.recipes.page import label, tile, whole_page
+from atoll.recipes.pictures import gallery, sample_figures
 from atoll.recipes.readings import (
     at_delta,
     epsilon_of,
@@ -62,10 +63,16 @@ def write_report(folder: Path, partition_svg: str | None = None) -> Path:
 def report_html(r: Record, partition_svg: str | None = None) -> str:
     """The whole page."""
     name = str(r.config.get("name") or r.start.get("name") or "run")
-    sections = [_header(r), tiles(r), learning(r), across(r, partition_svg), cost(r), remarks(r)]
+    sections = [_header(r), tiles(r), samples(r), learning(r), across(r, partition_svg), cost(r), remarks(r)]
     sections += [method(r), use(r), behind(r)]
     body = "\n\n".join(section for section in sections if section)
     return whole_page(f"{name}: run report", body)
+
+
+def samples(r: Record) -> str:
+    """What a model that generates draws, before and after."""
+    lead = "Two samples of each class, from the same noise; nothing was picked."
+    return gallery(sample_figures(r.folder), lead)
 
 
 def _header(r: Record) -> str:

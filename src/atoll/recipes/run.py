@@ -26,6 +26,7 @@ from atoll.federated.method import Backend
 from atoll.federated.privacy import spent, unit_of
 from atoll.federated.visit import Setup
 from atoll.models.export import about_model, save_model
+from atoll.recipes.pictures import keep_samples
 from atoll.recipes.plan import Plan, make_plan
 from atoll.recipes.recipe import Recipe, load_recipe, recipe_yaml
 from atoll.tasks.task import network_at
@@ -210,6 +211,7 @@ class Run:
         if not personal:
             model = engine.method.share.export(worker.site_model(None).model, engine.state.replica)
             export_model(model, self.folder / "model", recipe, setup, None)
+            self._draw(model)
         if hasattr(engine.workers, "finish"):  # sites elsewhere save their own
             self._append({"event": "finished", **engine.workers.finish(engine.state.tags)})
             return personal
@@ -218,6 +220,15 @@ class Run:
             model = engine.method.share.personal(at.model)
             export_model(model, self.folder / "model" / f"site{info.site}", recipe, setup, info.site)
         return personal
+
+    def _draw(self, model: Any) -> None:
+        """Samples of a model that generates, before and after the run."""
+        setup, recipe = self.prepared.setup, self.prepared.recipe
+        task: Any = setup.task
+        if not hasattr(task, "draw") or len(setup.federation.info.shape) != 3:
+            return
+        ways = [("before any site was asked", task.model(recipe.seed)), ("after the last round", model)]
+        keep_samples(self.folder, setup.federation.info, task.sigma_data, [(title, task.draw(m)) for title, m in ways])
 
 
 def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: int | None) -> None:

@@ -10,11 +10,13 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from atoll.core.errors import DataError
+from atoll.core.streams import stream
 from atoll.data.dataset import Dataset, Info
 from atoll.diffusion.as_denoiser import AsDenoiser, Kind, usual_law
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.losses import hidden, training_loss
 from atoll.diffusion.schedules import add_noise
+from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import Base, make_denoiser
 from atoll.models.model import ModelBuilder, seeded
 from atoll.models.unet import UNet
@@ -109,6 +111,14 @@ class Denoising(Task):
                 total += float(training_loss(denoiser, x, cond, ratio, _noise(x)).sum())
                 at += len(x)
         return {"loss": total / len(data)}
+
+    def draw(self, model: nn.Module, per_class: int = 2, seed: int = 0) -> Tensor:
+        """Samples to look at, ``[per_class * classes, ...]``, classes in turn; the same noise whatever the model."""
+        device = next(model.parameters()).device
+        cond = torch.arange(self.outputs).repeat(per_class)
+        z = torch.randn(len(cond), *self.info.shape, generator=stream(seed, "draw"))
+        with evaluating(model):
+            return Sampler(steps=10, high=20.0)(model, z.to(device), cond.to(device)).cpu()  # type: ignore[arg-type]
 
     def _given(self, model: nn.Module, batch: Batch) -> tuple[Denoiser, Tensor, Tensor]:
         """The denoiser, rows of its ``sigma_data``, and their conditions."""

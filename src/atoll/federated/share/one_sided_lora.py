@@ -17,7 +17,8 @@ from atoll.federated.share.parameters import floating_names
 
 @dataclass(frozen=True)
 class OneSidedLora(Share):
-    """The factor that starts at zero trains and travels; the random one follows from the run's seed, so every site has it.
+    """The factor that starts at zero trains and travels; the random one follows from the run's seed, so every site has
+    it.
 
     The update is linear in what travels: the mean of the factors is the factor of the mean, which it is not when both
     factors train. So replies may be averaged, clipped, summed under masks and noised like any other update.
