@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from atoll import cli
+from atoll.recipes.distil import Distil
 from atoll.recipes.recipe import Recipe, read_recipe
 
 RECIPE = """\
@@ -246,12 +247,13 @@ def test_data_show(answer, atoll):
 
 
 def test_schema_knows_every_field_and_part(answer):
-    schema = answer("schema")
-    assert set(schema["properties"]) == set(Recipe.__dataclass_fields__)
-    text = json.dumps(schema["properties"]["uplink"])
-    assert '"top_k"' in text
-    assert '"fraction"' in text
-    assert '"info"' not in json.dumps(schema["properties"]["task"]), "a task learns of the data by itself"
+    defs = answer("schema")["$defs"]
+    assert set(defs["federate"]["properties"]) == set(Recipe.__dataclass_fields__)
+    assert set(defs["distil"]["properties"]) == {"stage", *Distil.__dataclass_fields__}
+    codecs = json.dumps(defs["atoll.federated.method.Codec"])
+    assert '"top_k"' in codecs
+    assert '"fraction"' in codecs
+    assert '"info"' not in json.dumps(defs["atoll.tasks.task.Task"]), "a task learns of the data by itself"
 
 
 def test_claims(answer, atoll):
@@ -393,12 +395,12 @@ def test_an_interrupted_run_says_how_to_go_on(atoll, monkeypatch):
 
 def test_a_slip_of_ours_is_not_hidden(monkeypatch):
     """A traceback is right where the user has made no mistake."""
-    from atoll.recipes import recipe
+    from atoll.recipes import pipeline
 
     def broken(*_):
         raise KeyError("ours")
 
-    monkeypatch.setattr(recipe, "load_recipe", broken)
+    monkeypatch.setattr(pipeline, "load_any", broken)
     monkeypatch.setattr(sys, "argv", ["atoll", "plan", "small.yaml"])
     with pytest.raises(KeyError, match="ours"):
         cli.main()

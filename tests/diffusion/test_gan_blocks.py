@@ -51,14 +51,14 @@ def _draw(work: Work, seed: int = 0) -> Draw:
 def test_misaligned_pairs_are_fakes(digit_teacher: Denoiser, digit_work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Tensor, Tensor]] = []
 
-    def logits(self: Adversary, nets: Any, x: Tensor, cond: Tensor, draw: Draw) -> Tensor:
+    def logits(self: Adversary, nets: Any, x: Tensor, cond: Tensor, *_: Any) -> Tensor:
         asked.append((x, cond))
         return torch.full((len(x), 4), [0.25, -0.5, 0.5][len(asked) - 1])
 
     monkeypatch.setattr(Adversary, "logits", logits)
     x, cond = _draw(digit_work).real(16)
     sample = clean(torch.zeros_like(x), cond)
-    loss = LADD.critic_loss({}, sample, _draw(digit_work))
+    loss = LADD.critic_loss({"teacher": digit_teacher}, sample, _draw(digit_work))
     (real, right), (made, _), (again, wrong) = asked
     assert torch.equal(made, sample.x)
     kept = [i for i in range(16) if cond[i - 1] != cond[i]]

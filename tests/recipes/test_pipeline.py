@@ -100,7 +100,7 @@ def test_a_story_from_start_to_page(tmp_path: Path):
         assert (tmp_path / "run" / stage / "report.html").exists()
         assert list((tmp_path / "run" / stage / "model").iterdir())
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 2  # the teacher's samples and the student's
+    assert page.count('src="data:image/png;base64,') == 4  # the generator before and after, the teacher, the student
     assert not re.search(r'(src|href)="(?!data:|generator/|classifier/|one_step/)', page)
     assert "<script>" in page
     for said in ("Generator", "Classifier", "One step", "distance", "0 B"):

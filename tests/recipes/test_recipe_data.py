@@ -12,6 +12,7 @@ import yaml
 
 from atoll.core.files import read_json_lines
 from atoll.models.export import load_model
+from atoll.recipes.pipeline import as_yaml, load_any
 from atoll.recipes.recipe import load_recipe, read_recipe, recipe_config
 from atoll.recipes.run import plan, prepare, start
 
@@ -121,7 +122,7 @@ def test_a_folder_of_pictures(tmp_path):
 # ------------------------------------------------------------------------------------------- shipped recipes
 
 TINY = {
-    "demo": ["limit=400", "rounds=2", "sites=4", "backend=inline"],
+    "digits": ["limit=400", "rounds=2", "sites=4", "backend=inline"],
     "fashion_scaffold": ["data=digits", "limit=400", "rounds=2", "sites=4", "backend=inline"],
     "graph": ["data.nodes=120", "data.degree=16", "rounds=2", "method.spectral.layers=1"],
     "hospital_table": ["rounds=2"],
@@ -137,7 +138,16 @@ TINY = {
 
 
 def test_every_shipped_recipe_is_tried_here():
-    assert {p.stem for p in RECIPES.glob("*.yaml")} == set(TINY)
+    assert {p.stem for p in RECIPES.glob("*.yaml")} == {*TINY, "demo"}
+
+
+def test_the_demo_is_a_pipeline_and_the_same_when_written_out(tmp_path):
+    path = RECIPES / "demo.yaml"
+    assert path.read_text().startswith("# "), "a comment says what it shows"
+    story = load_any(str(path))
+    assert list(story.stages) == ["generator", "classifier", "one_step"]
+    (tmp_path / "again.yaml").write_text(as_yaml(story))
+    assert as_yaml(load_any(str(tmp_path / "again.yaml"))) == as_yaml(story)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -14,7 +14,7 @@ CARD = Card(
 )
 
 
-def cfg(scale: float = 2.0, low: float = 0.0, high: float = float("inf")) -> Guidance:
+def cfg(scale: float = 2.0, low: float = 0.0, high: float | None = None) -> Guidance:
     """Classifier-free guidance (Ho and Salimans, 2022, arXiv 2207.12598).
 
     Args:

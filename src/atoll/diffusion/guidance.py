@@ -33,21 +33,22 @@ class Guidance:
 
     Args:
         scale: w above; 1 is no guidance.
-        low, high: guide only where sigma / alpha lies between (Kynkaanniemi et al., 2024, arXiv 2404.07724).
+        low, high: guide only where sigma / alpha lies between; None: no upper end (Kynkaanniemi et al., 2024, arXiv
+            2404.07724).
     """
 
     scale: float = 1.0
     low: float = 0.0
-    high: Annotated[float, Gt(0)] = float("inf")
+    high: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
+        if self.high is not None and not self.low < self.high:
             raise AtollError(f"Guidance needs `low` below `high`; got {self.low} and {self.high}.")
 
     @property
     def calls(self) -> int:
         """Calls of the network (rows, not batches) per prediction."""
-        everywhere = self.low == 0 and self.high == float("inf")
+        everywhere = self.low == 0 and self.high is None
         return 1 if self.scale == 1.0 or (self.scale == 0.0 and everywhere) else 2
 
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, **more: Any) -> Tensor:
@@ -58,5 +59,6 @@ class Guidance:
         t = t.expand(len(x_t))
         given, null = both(denoiser, x_t, t, cond, **more)
         ratio = denoiser.schedule.ratio(t)
-        inside = shaped((ratio >= self.low) & (ratio <= self.high), x_t)
+        inside = ratio >= self.low
+        inside = shaped(inside if self.high is None else inside & (ratio <= self.high), x_t)
         return torch.where(inside, null + self.scale * (given - null), given)
