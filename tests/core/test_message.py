@@ -173,3 +173,11 @@ def test_a_sealed_message_opens_and_a_changed_one_does_not(message):
                 with pytest.raises(MessageError, match="checksum"):
                     unseal(sealed)
                 t.view(-1).view(torch.uint8)[0] ^= 1
+
+
+def test_one_number_of_a_wider_row_is_sealed():
+    """A slice of one number keeps its stride, and PyTorch calls it contiguous all the same."""
+    lone = torch.arange(4.0).view(2, 2)[:1, 1].as_strided((1,), (2,), 1)
+    assert lone.stride() == (2,)
+    message = seal(Message("weights", {"a": {"w": lone}}))
+    assert unseal(decode(encode(message))).parts["a"]["w"].tolist() == [1.0]

@@ -228,7 +228,11 @@ class Run:
         if not hasattr(task, "draw") or len(setup.federation.info.shape) != 3:
             return
         ways = [("before any site was asked", task.model(recipe.seed)), ("after the last round", model)]
-        keep_samples(self.folder, setup.federation.info, task.sigma_data, [(title, task.draw(m)) for title, m in ways])
+        test, shown = setup.federation.test, []
+        for title, m in ways:
+            found = f", {task.headline} {task.evaluate(m, test)[task.headline]:.3f}" if len(test) else ""
+            shown.append((title + found, task.draw(m)))
+        keep_samples(self.folder, setup.federation.info, task.sigma_data, shown)
 
 
 def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: int | None) -> None:
