@@ -493,3 +493,16 @@ def test_images_are_drawn_at_the_scale_that_was_asked_for(digit_images: Images) 
     assert set(replace(draw, work=replace(draw.work, conditions=Conditions.classes(9))).only([2]).cond().tolist()) == {
         2
     }
+
+
+def test_operations_are_those_that_torch_counts(digit_teacher: Denoiser, digit_work: Work) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from atoll.diffusion.methods.uni_instruct import UniInstruct
+
+    trainer = Trainer(DMD(), digit_teacher, digit_work, 2)
+    counted = trainer.flops_per_step()
+    with FlopCounterMode(display=False) as theirs:
+        trainer.once()
+    assert counted == theirs.get_total_flops() > 0
+    assert Trainer(UniInstruct(), digit_teacher, digit_work, 2).flops_per_step() > counted  # a graph under no_grad

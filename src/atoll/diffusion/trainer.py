@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from atoll.core.errors import AtollError, RunError
 from atoll.core.files import write_atomic
@@ -22,6 +21,7 @@ from atoll.core.streams import stream
 from atoll.core.tree import Tree, copy_, named_tensors
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Distiller, Draw, Role, Work
+from atoll.diffusion.operations import Operations
 from atoll.models.model import seeded
 
 STATE, MATERIAL = "distil.safetensors", "material.safetensors"
@@ -182,11 +182,11 @@ class Trainer:
     def flops_per_step(self) -> float:
         """Floating-point operations of a step, counted on one that is then taken back."""
         before, step, bill = detach(self.state()), self.step, copy.copy(self.bill)
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             self.once()
         self.restore(before)
         self.step, self.bill = step, bill
-        return float(counter.get_total_flops())
+        return float(counter.total)
 
     # ---------------------------------------------------------------- all of them
 
