@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from atoll.cli import app
-from atoll.core.errors import AtollError, RecipeError, RunError
+from atoll.core.errors import DataError, RecipeError, RunError
 from atoll.core.files import read_json_lines
-from atoll.core.tree import equal
+from atoll.core.tree import equal, named_tensors
+from atoll.diffusion.denoiser import Denoiser
+from atoll.models.export import load_model
 from atoll.recipes.distil import Distil, read_distil
 from atoll.recipes.pipeline import (
     Pipeline,
@@ -166,11 +169,50 @@ def test_equal_budgets_are_equal_work(tmp_path: Path):
     assert steps["sim"] < steps["dmd"]
 
 
-def test_what_is_no_denoiser_is_no_teacher(tmp_path: Path):
-    from atoll.core.errors import DataError
+def test_a_student_loads_alone(tmp_path: Path):
+    run = start_stages(read_distil({**ALONE, "steps": 2}), tmp_path / "run")
+    run.go()
+    student = load_model(tmp_path / "run" / "model")
+    assert isinstance(student, Denoiser)
+    saved = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert equal(saved, dict(named_tensors(student)))
+    again = read_distil({**ALONE, "steps": 1, "start": str(tmp_path / "run" / "model")})  # and teaches
+    start_stages(again, tmp_path / "again").go()
+    assert isinstance(load_model(tmp_path / "again" / "model"), Denoiser)
 
-    with pytest.raises((DataError, AtollError)):
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_checkpoint_of_diffusers_is_distilled_into_its_own_format(lora: int | None, tmp_path: Path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    body = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=1, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10, norm_num_groups=1,
+    )  # fmt: skip
+    body.save_pretrained(tmp_path / "dit" / "transformer")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    made = {**ALONE, "steps": 2, "start": str(tmp_path / "dit"), "lora": lora}
+    start_stages(read_distil(made), tmp_path / "run").go()
+    folder = tmp_path / "run" / "model"
+    if lora is None:
+        student = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+        moved = [bool((a != b).any()) for a, b in zip(student.parameters(), body.parameters(), strict=True)]
+        assert any(moved)
+    else:
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(body, folder)
+        assert sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n) > 0
+
+
+def test_a_teacher_that_does_not_fit_the_data_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="holds no"):
         foreseen(read_distil({**ALONE, "start": str(tmp_path)}))
+    start_stages(read_distil({**ALONE, "steps": 0}), tmp_path / "run").go()
+    wine = {"name": "sklearn_table", "table": "wine"}
+    wrong = read_distil({**ALONE, "start": str(tmp_path / "run" / "model"), "data": wine, "limit": None})
+    with pytest.raises(RunError, match="does not make rows of 13"):
+        start_stages(wrong, tmp_path / "wrong").go()
 
 
 def test_a_png_holds_the_pixels():

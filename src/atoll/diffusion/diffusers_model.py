@@ -100,6 +100,11 @@ def table_of(config: Mapping[str, Any]) -> DiscreteVP:
     return DiscreteVP.of(torch.as_tensor(left))
 
 
+def savable(denoiser: Denoiser) -> bool:
+    """True for what :func:`save_denoiser` has a format for: diffusers' networks, and adapters."""
+    return hasattr(_body(denoiser), "peft_config") or isinstance(denoiser.net, DiffusersNet)
+
+
 def save_denoiser(denoiser: Denoiser, folder: Path | str) -> None:
     """Write a wrapped checkpoint as diffusers has it, which its ``from_pretrained`` loads; of one that is
     :func:`adapted`, the adapter alone, as peft has it.

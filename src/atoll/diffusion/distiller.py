@@ -8,9 +8,8 @@ network learns alone, in the same loop (``trainer.py``), which also owns average
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -87,12 +86,6 @@ class Images:
         x = batch["x"] * self.sigma_data
         return x, batch["y"] if "y" in batch else torch.zeros(len(x), dtype=torch.int64, device=device)
 
-    def only(self, classes: Sequence[int]) -> Images:
-        """The rows of some classes."""
-        y = self.data.column("y") if self.rows is None else self.data.column("y")[self.rows]
-        chosen = torch.isin(y, torch.tensor(list(classes))).nonzero().flatten()
-        return dataclasses.replace(self, rows=chosen if self.rows is None else self.rows[chosen])
-
     def all(self, most: int | None = None, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The first ``most`` rows (default: all)."""
         return self.take(torch.arange(len(self) if most is None else min(most, len(self))), device)
@@ -115,9 +108,6 @@ class Conditions:
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         rows = self.rows.to(generator.device)
         return rows[torch.randint(len(rows), (n,), generator=generator, device=generator.device)]
-
-    def only(self, classes: Sequence[int]) -> Conditions:
-        return Conditions(self.rows[torch.isin(self.rows, torch.tensor(list(classes)))])
 
 
 @dataclass(frozen=True)
@@ -197,14 +187,6 @@ class Draw:
         first = self.material[names[0]]
         rows = self.integers(0, len(first), n).to(first.device)
         return tuple(self.material[name][rows].to(self.work.device) for name in names)
-
-    def only(self, classes: Sequence[int]) -> Draw:
-        """The same stream, for some conditions alone."""
-        work, images = self.work, self.work.images
-        images = images.only(classes) if images is not None else None
-        return dataclasses.replace(
-            self, work=dataclasses.replace(work, conditions=work.conditions.only(classes), images=images)
-        )
 
 
 class Distiller(Protocol):

@@ -22,15 +22,19 @@ from torch import Tensor
 from atoll.core.build import Reader, describe
 from atoll.core.errors import AtollError, RecipeError, RunError
 from atoll.core.files import read_json_lines, write_atomic
+from atoll.core.tree import named_tensors
 from atoll.data.source import Source
 from atoll.data.sources.digits import Digits
+from atoll.diffusion.as_denoiser import AsDenoiser
 from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.diffusers_model import adapted, load_denoiser, savable, save_denoiser
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.methods.sim import SIM
 from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import Teacher, make_denoiser
 from atoll.diffusion.trainer import Trainer
+from atoll.models.export import ABOUT, about_model, save_model
 from atoll.recipes.pictures import keep_samples
 
 EVENTS = 50
@@ -47,8 +51,9 @@ class Distil:
         data: real rows: for the judge, for a teacher that is trained here, and for methods that need images.
         limit: use at most so many of them.
         teacher: the many-step model; trained here, once per machine.
-        start: folder of a saved denoiser that is the teacher instead.
+        start: folder of a saved denoiser that is the teacher instead: of a run, or a checkpoint of diffusers.
         method: how the student is made.
+        lora: rank of the adapters that alone are trained, on the teacher; None trains all weights.
         steps: of training; None takes what ``budget`` pays for.
         budget: floating-point operations of training, in units of 10^12: equal work for different methods.
         batch: samples per loss.
@@ -68,6 +73,7 @@ class Distil:
     teacher: Teacher = field(default_factory=Teacher)
     start: str | None = None
     method: Distiller = field(default_factory=SIM)
+    lora: Annotated[int, Ge(1)] | None = None
     steps: Annotated[int, Ge(0)] | None = None
     budget: Annotated[float, Gt(0)] | None = None
     batch: Annotated[int, Ge(1)] = 128
@@ -123,19 +129,42 @@ def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | No
         images = Images(rows.select(range(recipe.limit)) if recipe.limit and recipe.limit < len(rows) else rows)
     info = images.data.info
     if teacher is None:
-        teacher = _saved(Path(recipe.start)) if recipe.start else recipe.teacher.denoiser(images, device)
+        teacher = load_denoiser(recipe.start) if recipe.start else recipe.teacher.denoiser(images, device)
+    _fits(teacher, images)
     given = images if recipe.method.needs == "images" else None
-    work = Work(info.shape, Conditions.classes(info.num_classes or 1), given, recipe.seed, recipe.batch, device)
+    work = Work(
+        info.shape, Conditions.classes(info.num_classes or 1), given, recipe.seed, recipe.batch, device,
+        build=_adapted(teacher.to(device), recipe.lora, recipe.seed),
+    )  # fmt: skip
     return Ready(recipe, images, teacher, work, device)
 
 
-def _saved(folder: Path) -> Denoiser:
-    from atoll.models.export import load_model
+def _adapted(teacher: Denoiser, rank: int | None, seed: int) -> Callable[[], Denoiser] | None:
+    """What makes students and fake scores of the teacher and an adapter; None where whole copies are trained."""
+    if rank is None:
+        return None
+    return lambda: adapted(teacher, rank, seed=seed)
 
-    model = load_model(folder)
-    if not isinstance(model, Denoiser):
-        raise RunError(f"`{folder}` holds no denoiser, so it cannot be a teacher.")
-    return model
+
+def _fits(teacher: Denoiser, images: Images) -> None:
+    """Raise :class:`RunError` when the teacher makes no rows like those of the data."""
+    info = images.data.info
+    if teacher.classes is None or teacher.classes < (info.num_classes or 1):
+        told = "embeddings" if teacher.classes is None else f"{teacher.classes} classes"
+        raise RunError(
+            f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; a stage distils models of "
+            "classes (from Python, `Trainer` takes any condition)."
+        )
+    x = torch.zeros(1, *info.shape)
+    try:
+        with torch.no_grad():
+            teacher.cpu()
+            same = teacher(x, teacher.schedule.time(torch.ones(1)), torch.zeros(1, dtype=torch.int64)).shape == x.shape
+    except (RuntimeError, ValueError):
+        same = False
+    if not same:
+        rows = " x ".join(map(str, info.shape))
+        raise RunError(f"The teacher does not make rows of {rows}, which `{info.name}` has; choose other data.")
 
 
 class DistilRun:
@@ -211,14 +240,30 @@ class DistilRun:
         return out
 
     def _export(self, trainer: Trainer) -> None:
-        from atoll.models.export import save_model
-
+        """Diffusers' and peft's formats for what is theirs; our own networks with the facts that let them load
+        alone."""
         nets: Mapping[str, Any] = trainer.nets
-        student = nets.get("student_ema", nets.get("student"))
+        student, recipe, folder = nets.get("student_ema", nets.get("student")), self.ready.recipe, self.folder / "model"
         if student is None:
             return
-        facts = {"method": described(self.ready.recipe.method), "calls": list(self.ready.recipe.method.few)}
-        save_model(student, self.folder / "model", facts)
+        facts: dict[str, Any] = {"method": described(recipe.method), "calls": list(recipe.method.few)}
+        if isinstance(student, Denoiser) and savable(student):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_denoiser(student, folder)
+            return
+        if named_tensors(student).keys() == named_tensors(self.ready.teacher).keys():
+            facts |= self._builder()
+        save_model(student, folder, facts)
+
+    def _builder(self) -> dict[str, Any]:
+        """What built the teacher, and so the student."""
+        recipe, images = self.ready.recipe, self.ready.images
+        if recipe.start:
+            about = json.loads((Path(recipe.start) / ABOUT).read_text(encoding="utf-8"))
+            return {k: about[k] for k in ("builder", "wrapper", "data", "outputs", "seed") if k in about}
+        t, info = recipe.teacher, images.data.info
+        wrapper = AsDenoiser(t.kind, images.sigma_data)
+        return about_model(t.model, info, info.num_classes or 1, t.seed, wrapper)
 
     def _start(self, trainer: Trainer) -> dict[str, Any]:
         ready = self.ready
@@ -255,7 +300,7 @@ def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str,
     rows = recipe.data.load().train
     images, info = Images(rows), rows.info
     if teacher is None and recipe.start:
-        teacher = _saved(Path(recipe.start))
+        teacher = load_denoiser(recipe.start)
     teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
     work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
     trainer = Trainer(recipe.method, teacher, work, recipe.steps or 1)
