@@ -271,6 +271,7 @@ class DistilRun:
         return {
             "event": "start", "at": _now(), "name": ready.recipe.name, "method": described(ready.recipe.method),
             "needs": ready.recipe.method.needs, "data": info.name, "steps": trainer.steps,
+            "shape": list(info.shape),
             "parameters": sum(p.numel() for p in ready.teacher.parameters()),
         }  # fmt: skip
 

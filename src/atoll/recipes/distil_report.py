@@ -72,7 +72,7 @@ def read_made(folder: Path) -> Made:
 def write_distil_report(folder: Path) -> Path:
     """Write ``report.html`` from the directory alone."""
     made = read_made(folder)
-    body = "\n".join(x for x in (_header(made), *sections(made), _behind(made)) if x)
+    body = "\n".join(x for x in (_header(made), *sections(made), _use(made), _behind(made)) if x)
     page = whole_page(f"{made.config.get('name', 'run')}: run report", body)
     write_atomic(folder / NAME, page.encode(errors="replace"), durable=False)
     return folder / NAME
@@ -201,6 +201,23 @@ def _method(made: Made) -> str:
         f"<h2>Method</h2>\n<p><b>{e(card.name)}</b>: {e(card.summary)}. It needs {needs}.</p>\n"
         f"<h3>Please cite</h3>\n<ul>\n{cites}</ul>"
     )
+
+
+def _use(made: Made) -> str:
+    """Lines of Python that draw from the student, where it is sampled like any one-step model."""
+    rollout = made.config.get("method", {}).get("rollout") or {}
+    if made.end is None or rollout.get("name") != "one_step" or not (made.folder / "model" / "model.json").exists():
+        return ""
+    lines = [
+        "import torch",
+        "from atoll.diffusion.rollouts import few_step_ratios, few_steps",
+        "from atoll.models.export import load_model",
+        "",
+        'student = load_model("model")',
+        f"z, cond = torch.randn(10, *{tuple(made.start.get('shape', ()))}), torch.arange(10)",
+        f"x = few_steps(student, z, cond, few_step_ratios(1, {rollout.get('ratio', 2.5)}))  # one call",
+    ]
+    return f"<h2>Draw from the model</h2>\n<pre><code>{e(chr(10).join(lines))}</code></pre>"
 
 
 def _behind(made: Made) -> str:
