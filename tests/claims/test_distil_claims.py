@@ -1,0 +1,76 @@
+"""Claims whose arms make few-step generators."""
+
+from __future__ import annotations
+
+import pytest
+
+from atoll.claims import distil
+from atoll.claims.catalogue import subject
+from atoll.claims.claim import Claim
+from atoll.claims.run import run_claim
+from atoll.claims.table import claims_page
+from atoll.core.errors import RecipeError
+
+WORK = {
+    "data": "digits", "limit": 400, "teacher": {"steps": 2, "batch": 16, "model": {"name": "unet", "width": 8}},
+    "steps": 3, "batch": 16, "samples": 60,
+}  # fmt: skip
+ARMS = {
+    "teacher_1": {"method": "edm_fm_teacher", "steps": 0, "calls": [1]},
+    "teacher_4": {"method": "edm_fm_teacher", "steps": 0, "calls": [4]},
+    "dmd_1": {"method": "dmd", "calls": [1]},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    distil._trained.clear()
+
+
+def claim(**fields: object) -> Claim:
+    return Claim(**{
+        "name": "tiny", "subject": "dmd", "statement": "Three steps teach nothing.", "stage": "distil",
+        "work": WORK, "arms": ARMS, "seeds": (0, 1), "expect": ("dmd_1 < teacher_1", "teacher_4 < teacher_1"), **fields,
+    })  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_an_arm_is_judged_at_its_calls_and_billed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = []
+    plain = distil.Trainer.go
+    monkeypatch.setattr(distil.Trainer, "go", lambda self, **k: trainings.append(self.steps) or plain(self, **k))
+    record = run_claim(claim())
+    assert sorted(t for t in trainings if t != 2) == [0, 0, 3, 3], "arms that differ in calls alone share a training"
+    arms = record["arms"]
+    assert [a["seeds"][0]["calls"] for a in arms.values()] == [1, 4, 1]
+    for arm in arms.values():
+        for seed in arm["seeds"]:
+            assert seed["value"] == seed["judged"]["fid"]
+            assert not seed["higher_is_better"]
+    assert arms["dmd_1"]["seeds"][0]["steps"] == 3
+    assert arms["dmd_1"]["seeds"][0]["trained_parameters"] > 0
+    values = {s["value"] for a in arms.values() for s in a["seeds"]}
+    assert len(values) == 6, "other calls and other seeds give other samples"
+    page = claims_page([record])
+    assert "| dmd_1 | nothing | 1 |" in page
+    assert "| teacher_4 | images | 4 |" in page
+    assert subject(record, "dmd_1 < teacher_1") == "dmd"
+
+
+def test_another_measure_may_be_claimed() -> None:
+    record = run_claim(
+        claim(
+            measure="recall",
+            seeds=(0,),
+            arms={k: ARMS[k] for k in ("teacher_1", "teacher_4")},
+            expect=("teacher_4 > teacher_1",),
+        )
+    )
+    seed = record["arms"]["teacher_4"]["seeds"][0]
+    assert seed["higher_is_better"]
+    assert seed["value"] == seed["judged"]["recall"]
+
+
+def test_a_mistake_is_told_before_anything_runs() -> None:
+    with pytest.raises(RecipeError, match="arm dmd_1"):
+        run_claim(claim(arms={**ARMS, "dmd_1": {"method": {"name": "dmd", "critic_step": 2}}}))
