@@ -8,8 +8,6 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-import torch
-
 from atoll.core.build import describe
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.trainer import Trainer
@@ -47,7 +45,6 @@ def trained(recipe: Distil) -> tuple[Ready, Trainer]:
     key = json.dumps(describe(dataclasses.replace(recipe, name="arm", calls=None, samples=20, compare=())), default=str)
     if key in _trained:
         return _trained[key]
-    torch.set_num_threads(recipe.threads)
     ready = prepare(recipe)
     trainer = Trainer(
         recipe.method, ready.teacher, ready.work, recipe.steps or 0, None, recipe.precision, recipe.compiled

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from atoll.core.build import Reader, describe
@@ -83,7 +83,7 @@ class Distil:
     precision: Literal["float32", "bf16"] = "float32"
     compiled: bool = False
     device: Literal["auto", "cpu", "cuda"] = "cpu"
-    threads: Annotated[int, Ge(1), Ge(1)] = 1
+    threads: Annotated[int, Ge(1), Le(256)] = 1
 
     def __post_init__(self) -> None:
         if self.steps is None and self.budget is None:
@@ -119,6 +119,7 @@ class Ready:
 
 def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | None = None) -> Ready:
     """Load the data and the teacher. ``images`` and ``teacher``: from an earlier stage."""
+    torch.set_num_threads(recipe.threads)  # sums round by the number of threads
     device = recipe.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +186,6 @@ class DistilRun:
     def go(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
         """Train to the end, judge, export. Returns the summary (the ``end`` event)."""
         recipe = self.ready.recipe
-        torch.set_num_threads(recipe.threads)
         trainer = self.trainer()
         resumed = trainer.load()
         kept = [e for e in self._read() if e.get("step", 0) <= trainer.step] if resumed else []
