@@ -23,7 +23,7 @@ from atoll.diffusion.schedules import KarrasIndex, TimeLaw, add_noise, shaped
 from atoll.diffusion.solvers import Sampler
 from atoll.models.model import seeded
 
-EVERYWHERE = KarrasIndex(least=0.0)
+EVERYWHERE = KarrasIndex(most=1.0)
 """Noise levels that a router learns at: all through which sampling goes."""
 
 

@@ -103,15 +103,15 @@ def test_a_fake_score_like_the_teachers_moves_nothing(digit_teacher: Denoiser, d
 
 @pytest.mark.parametrize("schedule", [EDM(), RF(), Trig()], ids=repr)
 def test_samples_are_noised_to_the_laws_levels(schedule: NoiseSchedule) -> None:
-    """Fresh noise of the schedule's own scale, levels over the noisy part of Karras's grid."""
+    """Fresh noise of the schedule's own scale, levels over Karras's grid without its noisiest fifth."""
     method, work = DMD(law=KarrasIndex(0.02, 40.0)), Work((1,), Conditions.classes(1), batch=4000)
     teacher = exact_mixture(torch.tensor([[0.7]]), 0.3, schedule=schedule)
     d = draw(work)
     sample = method.rollout(teacher, d)
     noisy = method.noisy(teacher, sample, d, method.law)
     assert torch.allclose(noisy.ratio, schedule.ratio(noisy.t), rtol=1e-4)
-    assert 0.15 < float(noisy.ratio.min()) < 0.3
-    assert 35 < float(noisy.ratio.max()) < 41
+    assert 0.019 < float(noisy.ratio.min()) < 0.025
+    assert 13 < float(noisy.ratio.max()) < 15
     a, s = schedule.alpha(noisy.t)[:, None], schedule.sigma(noisy.t)[:, None]
     eps = (noisy.x_t - a * sample.x) / s
     assert float(eps.std()) == pytest.approx(1.0, abs=0.05)
@@ -170,7 +170,7 @@ def test_it_covers_the_ring(ring_teacher: Denoiser, ring_work: Callable[..., Wor
     assert distance < 0.06 < 0.3 < start[0]
     assert modes == 8
     assert agreement > 0.9
-    _, (blind, _, _) = train(KarrasIndex(0.02, 0.15, least=0.0))
+    _, (blind, _, _) = train(KarrasIndex(0.02, 0.15, most=1.0))
     assert blind > 3 * distance
 
 

@@ -123,7 +123,7 @@ def test_only_the_student_moves_and_scores_keep_no_gradient(
 
 @pytest.mark.parametrize("f", ["forward_kl", "js"])
 def test_it_learns_the_ring(f: Divergence, ring_teacher: Denoiser, ring_work: Worlds) -> None:
-    method = UniInstruct(loss=UniLoss(f), lr=2e-3, critic_lr=4e-3)
+    method = UniInstruct(loss=UniLoss(f), lr=2e-3, critic_lr=4e-3, law=KarrasIndex(0.2, most=1.0))  # it is wide
     trainer = Trainer(method, ring_teacher, ring_work(batch=64, images=True), 100)
     net: Any = ring_teacher.net
     real, _ = net.draw(1000, torch.Generator().manual_seed(5))
