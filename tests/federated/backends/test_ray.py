@@ -98,7 +98,6 @@ def test_a_run_starts_a_cluster_and_leaves_nothing_behind(run):
 def test_no_cluster_to_join_is_said(run, address, monkeypatch):
     # ``auto`` looks at all processes of the machine; another test may be running a cluster of its own there.
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda *_: None)
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
     with pytest.raises(RunError, match=f"Cannot join '{address}'"):
         run(fedavg(), backend=Ray(workers=1, address=address))
 
