@@ -96,8 +96,12 @@ def test_a_run_starts_a_cluster_and_leaves_nothing_behind(run):
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1", "head:port"])
 def test_no_cluster_to_join_is_said(run, address, monkeypatch):
-    # ``auto`` looks at all processes of the machine; another test may be running a cluster of its own there.
-    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda *_: None)
+    # ``auto`` looks at all processes of the machine, where another test may be running a cluster of its own just now.
+    def none_here(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    if address == "auto":
+        monkeypatch.setattr("ray._private.services.get_ray_address_from_environment", none_here)
     with pytest.raises(RunError, match=f"Cannot join '{address}'"):
         run(fedavg(), backend=Ray(workers=1, address=address))
 
