@@ -114,7 +114,7 @@ def _made(made: distil_report.Made) -> list[str]:
         if best is not None:
             result += f"; teacher {plain(number(best['metrics'].get('fid')), 3)} at {count(best['calls'])}"
     seconds = duration(number((made.end or {}).get("seconds")))
-    return [str(made.start.get("method", "")), result, "0 B", "0 B", "nothing of a site is read", seconds]
+    return [str(made.start.get("method", "")), result, "0 B", "0 B", "training reads no row of a site", seconds]
 
 
 def _stage(name: str, stage: Any) -> str:
