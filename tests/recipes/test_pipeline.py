@@ -74,6 +74,8 @@ def test_all_problems_of_all_stages_are_told_at_once():
         assert said in text, said
     with pytest.raises(RecipeError, match=r"`start` names no earlier stage\. Did you mean `generator`"):
         read_pipeline({**STORY, "stages": {"generator": GENERATOR, "one_step": {**ONE_STEP, "start": "generatr"}}})
+    with pytest.raises(RecipeError, match=r"^1 problem"):  # a broken stage is earlier all the same
+        read_pipeline({**STORY, "stages": {"generator": {**GENERATOR, "rounds": -1}, "one_step": ONE_STEP}})
     with pytest.raises(RecipeError, match="`stages` must be a mapping"):
         read_pipeline({"stages": []})
     with pytest.raises(RecipeError, match="Say how long to train"):

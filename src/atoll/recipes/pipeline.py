@@ -63,7 +63,7 @@ def read_pipeline(value: Mapping[str, Any], where: str = "recipe") -> Pipeline:
             problems += [f"stage `{name}`: {p}" for p in e.problems]
             continue
         made: Any = read[str(name)]
-        before = [n for n in read if n != name]
+        before = list(map(str, stages))[: list(stages).index(name)]
         if isinstance(made, Distil) and made.start and "/" not in made.start and made.start not in before:
             problems.append(f"stage `{name}`: `start` names no earlier stage.{did_you_mean(made.start, before)}")
     if problems:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from atoll.data.class_stream import ClassStream
-from atoll.federated.method import LocalWork
+from atoll.federated.local._around import Around
 from atoll.federated.visit import Result, Visit
 from atoll.tasks.classification import expect_classes, num_classes
 
 
 @dataclass(frozen=True)
-class InSequence(LocalWork):
+class InSequence(Around):
     """``inner`` on the rows that the stream shows in the visit's round.
 
     What the server hears of a site's size is that of all its rows.
@@ -21,24 +21,7 @@ class InSequence(LocalWork):
         stream: which classes it sees when.
     """
 
-    inner: LocalWork
     stream: ClassStream = ClassStream()
-
-    @property
-    def produces(self) -> str:  # type: ignore[override]
-        return self.inner.produces
-
-    @property
-    def synchronous_only(self) -> bool:  # type: ignore[override]
-        return self.inner.synchronous_only
-
-    @property
-    def data_dependent_size(self) -> bool:
-        return self.inner.data_dependent_size
-
-    @property
-    def epsilon(self) -> float | None:
-        return self.inner.epsilon
 
     def run(self, visit: Visit) -> Result:
         expect_classes(visit.data.train, num_classes(visit.data.train.info), "a stream of classes")

@@ -17,7 +17,7 @@ from atoll.core.errors import AtollError
 from atoll.core.message import Message
 from atoll.core.tree import Parts, Tree
 from atoll.data.dataset import SiteData
-from atoll.federated.method import LocalWork
+from atoll.federated.local._around import Around
 from atoll.federated.visit import Result, Visit
 
 MEMORY = "attack."
@@ -38,7 +38,7 @@ class Attack(Protocol):
 
 
 @dataclass(frozen=True)
-class Hostile(LocalWork):
+class Hostile(Around):
     """Local work with an attack at some sites.
 
     Args:
@@ -47,25 +47,8 @@ class Hostile(LocalWork):
         attack: what they do.
     """
 
-    inner: LocalWork
     sites: tuple[int, ...]
     attack: Attack
-
-    @property
-    def produces(self) -> str:  # type: ignore[override]
-        return self.inner.produces
-
-    @property
-    def synchronous_only(self) -> bool:  # type: ignore[override]
-        return self.inner.synchronous_only
-
-    @property
-    def data_dependent_size(self) -> bool:
-        return self.inner.data_dependent_size
-
-    @property
-    def epsilon(self) -> float | None:
-        return self.inner.epsilon
 
     def run(self, visit: Visit) -> Result:
         if visit.site.site not in self.sites:
