@@ -9,7 +9,7 @@ from atoll.claims.catalogue import subject
 from atoll.claims.claim import Claim
 from atoll.claims.run import run_claim
 from atoll.claims.table import claims_page
-from atoll.core.errors import RecipeError
+from atoll.core.errors import RecipeError, RunError
 
 WORK = {
     "data": "digits", "limit": 400, "teacher": {"steps": 2, "batch": 16, "model": {"name": "unet", "width": 8}},
@@ -52,8 +52,8 @@ def test_an_arm_is_judged_at_its_calls_and_billed(monkeypatch: pytest.MonkeyPatc
     values = {s["value"] for a in arms.values() for s in a["seeds"]}
     assert len(values) == 6, "other calls and other seeds give other samples"
     page = claims_page([record])
-    assert "| dmd_1 | nothing | 1 |" in page
-    assert "| teacher_4 | images | 4 |" in page
+    assert "| 1 | dmd_1 | [tiny](#tiny) | one place | nothing |" in page
+    assert "| 4 | teacher_4 | [tiny](#tiny) | one place | images |" in page
     assert subject(record, "dmd_1 < teacher_1") == "dmd"
 
 
@@ -74,3 +74,39 @@ def test_another_measure_may_be_claimed() -> None:
 def test_a_mistake_is_told_before_anything_runs() -> None:
     with pytest.raises(RecipeError, match="arm dmd_1"):
         run_claim(claim(arms={**ARMS, "dmd_1": {"method": {"name": "dmd", "critic_step": 2}}}))
+
+
+SITES = {
+    "data": "digits", "limit": 300, "task": "denoising", "model": {"name": "unet", "width": 8}, "sites": 2, "rounds": 1,
+    "method": {"name": "fedavg", "training": {"lr": 0.002, "optimizer": "adam", "epochs": 1, "batch_size": 64}},
+}  # fmt: skip
+
+
+def test_sites_may_make_the_teacher_once_for_all_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    plain = distil.start
+    monkeypatch.setattr(distil, "start", lambda recipe, folder: asked.append(recipe.name) or plain(recipe, folder))
+    work = {**WORK, "start": SITES}
+    record = run_claim(claim(work=work, seeds=(0,)))
+    again = run_claim(claim(work=work, seeds=(0,)))
+    assert asked == ["teacher"], "one federated run for all arms and claims"
+    for arm in record["arms"]:
+        (seed,) = record["arms"][arm]["seeds"]
+        assert seed["up_bytes"] > 1000
+        assert seed["value"] == again["arms"][arm]["seeds"][0]["value"]
+        assert record["arms"][arm]["recipe"]["start"]["sites"] == 2
+    assert str(distil.user_cache()) not in str(record), "a record names no folder of the machine"
+    page = claims_page([record, {**again, "name": "second"}])
+    assert page.count("| dmd_1 | [tiny](#tiny) | 2 sites, fedavg |") == 1
+    assert "[second](#second) | 2 sites" not in page, "the same work is one row"
+
+
+def test_a_mistake_in_the_sites_recipe_is_told_before_anything_runs() -> None:
+    with pytest.raises(RecipeError, match="arm teacher_1, start"):
+        run_claim(claim(work={**WORK, "start": {**SITES, "ruonds": 3}}))
+
+
+def test_a_method_that_leaves_models_at_the_sites_has_no_teacher() -> None:
+    sites = {**SITES, "method": {**SITES["method"], "name": "fedbn"}}
+    with pytest.raises(RunError, match="a model at each site"):
+        run_claim(claim(work={**WORK, "start": sites}, seeds=(0,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,22 @@ def test_it_is_plain_data(name: str) -> None:
     assert dataclasses.is_dataclass(method)
     assert method == make(name)
     assert describe(method)["name"] == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_networks_may_compute_in_bfloat16(name: str) -> None:
+    """Weights, losses and samples stay float32, and the student learns about what it does in float32."""
+    method, ends = make(name), {}
+    for precision in ("float32", "bf16"):
+        teacher, work = world(name)
+        trainer = Trainer(method, teacher, work, STEPS, precision=precision)  # type: ignore[arg-type]
+        said: list[dict[str, float]] = []
+        trainer.go(lambda _, losses: said.append(losses))
+        assert all(math.isfinite(v) for losses in said for v in losses.values())
+        for role, module in trainer.nets.items():
+            for tensor_name, tensor in named_tensors(module).items():
+                assert tensor.dtype != torch.bfloat16, f"{role} {tensor_name}"
+        ends[precision] = samples(method, trainer, method.few[0])
+        assert ends[precision].dtype == torch.float32
+    error = (ends["bf16"] - ends["float32"]).std() / ends["float32"].std()
+    assert error < 0.1, error

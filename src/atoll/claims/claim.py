@@ -28,7 +28,8 @@ class Claim:
         statement: what is claimed, in one sentence.
         source: the paper.
         headline: the paper's own figure.
-        stage: what an arm is: a federated run, or the making of a few-step generator (``recipes/distil.py``).
+        stage: what an arm is: a federated run, or the making of a few-step generator (``recipes/distil.py``), whose
+            ``start`` may be a federated recipe: its model is the teacher.
         work: recipe fields that all arms share.
         arms: per arm, the recipe fields that differ.
         tune: per arm (or ``all``), fields and the values to try; chosen by the metric on ``tune_seed``.

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from atoll.claims.claim import COMPARISON, Claim, load_claim
-from atoll.claims.distil import measure_distil
+from atoll.claims.distil import Making, measure_distil, read_making
 from atoll.claims.verdict import judge
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_json
 from atoll.core.progress import progress
 from atoll.federated.engine import Engine
-from atoll.recipes.distil import Distil, read_distil
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.record import LOWER
 from atoll.recipes.run import evaluate, prepare, versions
@@ -67,7 +66,8 @@ def run_claim(claim: Claim) -> dict[str, Any]:
             for seed in claim.seeds:
                 seeds.append({"seed": seed, **_measure(claim, _recipe(claim, arm, chosen, seed))})
                 bar.update(next(done), arm)
-            config = recipe_config(_recipe(claim, arm, chosen, claim.seeds[0]))
+            first = _recipe(claim, arm, chosen, claim.seeds[0])
+            config = first.config() if isinstance(first, Making) else recipe_config(first)
             arms[arm] = {"chosen": chosen, "tuning": tuning, "seeds": seeds, "recipe": config}
     comparisons = []
     for text in claim.expect:
@@ -100,7 +100,7 @@ def _tries(claim: Claim, arm: str) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Recipe | Distil:
+def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Recipe | Making:
     value = _merged(copy.deepcopy(dict(claim.work)), claim.arms[arm])
     for place, new in change.items():
         *path, last = place.split(".")
@@ -112,7 +112,7 @@ def _recipe(claim: Claim, arm: str, change: Mapping[str, Any], seed: int) -> Rec
         at[last] = new
     value.update(name=f"{claim.name}-{arm}", seed=seed)
     where = f"claim {claim.name}, arm {arm}"
-    return read_distil(value, where) if claim.stage == "distil" else read_recipe(value, where)
+    return read_making(value, where) if claim.stage == "distil" else read_recipe(value, where)
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,9 +122,9 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _measure(claim: Claim, recipe: Recipe | Distil) -> dict[str, Any]:
+def _measure(claim: Claim, recipe: Recipe | Making) -> dict[str, Any]:
     """One run of one arm: the claim's metric, and what it cost."""
-    if isinstance(recipe, Distil):
+    if isinstance(recipe, Making):
         return measure_distil(claim.measure or "fid", recipe)
     prepared = prepare(recipe)
     started = time.perf_counter()

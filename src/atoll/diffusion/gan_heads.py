@@ -85,7 +85,7 @@ class ConvHead(nn.Module):
             if self.labels is not None:
                 h = h * (1 + self.labels(cond))
             logits.append(out(h)[:, 0])
-        every = torch.stack(logits, 1)
+        every = torch.stack(logits, 1).float()  # also where the network computes in bfloat16
         return every if self.apart else every.mean(1)
 
 

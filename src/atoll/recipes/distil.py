@@ -1,7 +1,7 @@
 """A stage that makes a fast generator: a teacher, a method, a judge; nothing of it needs a site.
 
 Its run directory is that of every run: ``recipe.yaml``, ``events.jsonl``, ``state/``, ``model/``, ``report.html``. A
-    killed stage goes on from its last checkpoint and ends with the same bits.
+killed stage goes on from its last checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
