@@ -8,7 +8,7 @@ import pytest
 
 from atoll.claims.claim import Claim
 from atoll.claims.run import best_try, run_claim
-from atoll.claims.verdict import NOISE, NOT_REPRODUCED, REPRODUCED, T90, T90_BEYOND, judge
+from atoll.claims.verdict import NOISE, NOT_IN_ONE, NOT_REPRODUCED, REPRODUCED, SO_IN_ONE, T90, T90_BEYOND, judge
 from atoll.core.errors import RecipeError
 
 
@@ -18,6 +18,14 @@ def test_the_quantiles_are_those_of_student():
         exact = stats.t.ppf(0.95, df)
         assert exact <= T90.get(df, T90_BEYOND)
     assert all(t < stats.t.ppf(0.95, df) * 1.001 for df, t in T90.items())
+
+
+def test_one_seed_is_never_called_reproduced():
+    assert judge([2.0], [1.0], ">") == SO_IN_ONE
+    assert judge([1.0], [1.0], ">=") == SO_IN_ONE
+    assert judge([1.0], [1.0], ">") == NOT_IN_ONE
+    assert judge([math.nan], [1.0], "<=") == NOT_IN_ONE
+    assert judge([1.0], [math.inf], "<") == SO_IN_ONE
 
 
 def test_two_seeds_need_a_gap_of_six_standard_errors():

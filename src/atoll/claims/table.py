@@ -46,7 +46,8 @@ def claims_page(found: list[dict[str, Any]]) -> str:
         "Each row is a comparison that was run: same data, same rounds (or virtual time), same seeds and as many",
         "tuning tries for every arm. The expectation was written before the run. **Reproduced**: the direction holds",
         "beyond seed noise (90 % interval of the paired differences). **Within noise**: no clear difference. **Not",
-        "reproduced at this scale**: said plainly. Repeat one with `atoll claim run NAME`.\n",
+        "reproduced at this scale**: said plainly. With a single seed: **as expected in one run**, or not. Repeat one",
+        "with `atoll claim run NAME`.\n",
         "| claim | expected | verdict |",
         "|---|---|---|",
     ]
