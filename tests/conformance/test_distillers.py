@@ -126,9 +126,9 @@ def test_networks_may_compute_in_bfloat16(name: str) -> None:
     for precision in ("float32", "bf16"):
         teacher, work = world(name)
         trainer = Trainer(method, teacher, work, STEPS, precision=precision)  # type: ignore[arg-type]
-        said: list[dict[str, float]] = []
-        trainer.go(lambda _, losses: said.append(losses))
-        assert all(math.isfinite(v) for losses in said for v in losses.values())
+        trainer.prepare()
+        while trainer.step < STEPS:
+            assert all(math.isfinite(v) for v in trainer.once().values())
         for role, module in trainer.nets.items():
             for tensor_name, tensor in named_tensors(module).items():
                 assert tensor.dtype != torch.bfloat16, f"{role} {tensor_name}"

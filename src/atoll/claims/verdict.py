@@ -19,8 +19,8 @@ def judge(left: Sequence[float], right: Sequence[float], relation: str, margin: 
     """Compare two arms seed by seed.
 
     The 90 % interval of the paired differences (less ``margin``) must lie beyond zero to be called reproduced; one
-    that straddles zero is within noise. A single seed tells nothing of noise, and the words say so. Equality counts for ``>=`` and ``<=``. An arm that never reached its target
-    has the value infinity.
+    that straddles zero is within noise. A single seed tells nothing of noise, and the words say so. Equality counts
+    for ``>=`` and ``<=``. An arm that never reached its target has the value infinity.
 
     Args:
         left, right: one value per seed, same seeds in the same order.
