@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from atoll.claims import distil
+from atoll.claims import distil, run
 from atoll.claims.catalogue import subject
 from atoll.claims.claim import Claim
 from atoll.claims.run import run_claim
@@ -110,3 +112,36 @@ def test_a_method_that_leaves_models_at_the_sites_has_no_teacher() -> None:
     sites = {**SITES, "method": {**SITES["method"], "name": "fedbn"}}
     with pytest.raises(RunError, match="a model at each site"):
         run_claim(claim(work={**WORK, "start": sites}, seeds=(0,)))
+
+
+def test_an_interrupted_claim_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_claim(claim())
+    plain, asked = run.measure_distil, []
+
+    def broken(measure: str, making: distil.Making) -> dict[str, object]:
+        asked.append(making.distil.name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return plain(measure, making)
+
+    monkeypatch.setattr(run, "measure_distil", broken)
+    monkeypatch.setattr(run, "_commit", lambda: "abc1234")
+    journal = tmp_path / "tiny.partial.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run_claim(claim(), journal)
+    with journal.open("a") as f:
+        f.write('{"commit": "abc1234", "key": "half a li')
+    record = run_claim(claim(), journal)
+    assert len(asked) == 4 + 3, "three of six measurements were there"
+    assert record["comparisons"] == whole["comparisons"]
+    for arm, a in record["arms"].items():
+        assert [s["value"] for s in a["seeds"]] == [s["value"] for s in whole["arms"][arm]["seeds"]]
+    monkeypatch.setattr(run, "_commit", lambda: "abc1234-dirty")
+    run_claim(claim(), journal)
+    assert len(asked) == 7 + 6, "code that changes has no results that stay"
+
+
+def test_a_budget_pays_for_methods_that_divide_their_run() -> None:
+    arms = {"pd_1": {"method": "pd", "steps": None, "budget": 0.02, "calls": [1]}, **ARMS}
+    record = run_claim(claim(arms=arms, seeds=(0,), expect=("pd_1 < teacher_1",)))
+    assert record["arms"]["pd_1"]["seeds"][0]["steps"] > 5

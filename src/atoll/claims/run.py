@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import os
 import platform
@@ -19,12 +20,14 @@ from atoll.claims.claim import COMPARISON, Claim, load_claim
 from atoll.claims.distil import Making, measure_distil, read_making
 from atoll.claims.verdict import judge
 from atoll.core.errors import RecipeError, RunError, did_you_mean
-from atoll.core.files import write_json
+from atoll.core.files import read_json_lines, write_atomic, write_json
 from atoll.core.progress import progress
 from atoll.federated.engine import Engine
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.record import LOWER
 from atoll.recipes.run import evaluate, prepare, versions
+
+DIRTY = "-dirty"
 
 
 def run_claims(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -37,15 +40,23 @@ def run_claims(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             raise RecipeError([f"there is no claim `{name}` in {folder}.{did_you_mean(name, paths)}"], "claims")
     chosen = list(names) or [n for n in paths if not (folder / "results" / f"{n}.json").exists()]
     for name in chosen:
-        record = run_claim(load_claim(paths[name]))
         (folder / "results").mkdir(parents=True, exist_ok=True)
+        journal = folder / "results" / f"{name}.partial.jsonl"
+        record = run_claim(load_claim(paths[name]), journal)
         write_json(folder / "results" / f"{name}.json", record)
+        journal.unlink(missing_ok=True)
         yield record
 
 
-def run_claim(claim: Claim) -> dict[str, Any]:
-    """Run every arm with every seed. Arms get the same work, the same seeds and the same number of tuning tries."""
+def run_claim(claim: Claim, journal: Path | None = None) -> dict[str, Any]:
+    """Run every arm with every seed. Arms get the same work, the same seeds and the same number of tuning tries.
+
+    Args:
+        journal: each measurement is added to this file, and those that it already holds (of the same commit) are not
+            made again: claims take hours, and may be interrupted.
+    """
     started, commit = time.time(), _commit()  # of the code that runs, not of what is committed meanwhile
+    measure = _Measure(claim, journal, commit)
     arms: dict[str, Any] = {}
     tries = {arm: _tries(claim, arm) for arm in claim.arms}
     for arm, changes in tries.items():
@@ -58,16 +69,15 @@ def run_claim(claim: Claim) -> dict[str, Any]:
             chosen, tuning = tries[arm][0], []
             if len(tries[arm]) > 1:
                 for change in tries[arm]:
-                    found = _measure(claim, _recipe(claim, arm, change, claim.tune_seed))
+                    found = measure(_recipe(claim, arm, change, claim.tune_seed))
                     tuning.append({"change": change, "value": found["value"]})
                     bar.update(next(done), arm)
                 chosen = best_try(tuning, found["higher_is_better"])["change"]
             seeds = []
             for seed in claim.seeds:
-                seeds.append({"seed": seed, **_measure(claim, _recipe(claim, arm, chosen, seed))})
+                seeds.append({"seed": seed, **measure(_recipe(claim, arm, chosen, seed))})
                 bar.update(next(done), arm)
-            first = _recipe(claim, arm, chosen, claim.seeds[0])
-            config = first.config() if isinstance(first, Making) else recipe_config(first)
+            config = _config(_recipe(claim, arm, chosen, claim.seeds[0]))
             arms[arm] = {"chosen": chosen, "tuning": tuning, "seeds": seeds, "recipe": config}
     comparisons = []
     for text in claim.expect:
@@ -83,7 +93,7 @@ def run_claim(claim: Claim) -> dict[str, Any]:
         "headline": claim.headline, "stage": claim.stage, "metric": claim.metric, "measure": claim.measure,
         "target": claim.target,
         "note": claim.note,
-        "comparisons": comparisons, "arms": arms, "seconds": time.time() - started, "commit": commit,
+        "comparisons": comparisons, "arms": arms, "seconds": measure.before + time.time() - started, "commit": commit,
         "versions": versions(), "machine": machine(),
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
     }  # fmt: skip
@@ -120,6 +130,36 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(base.get(key), dict)
         base[key] = _merged(base[key], value) if both else copy.deepcopy(value)
     return base
+
+
+def _config(recipe: Recipe | Making) -> dict[str, Any]:
+    return recipe.config() if isinstance(recipe, Making) else recipe_config(recipe)
+
+
+class _Measure:
+    """Measures recipes, and remembers what it has measured where there is a journal.
+
+    Attributes:
+        before: seconds that an interrupted run took for what is not measured again.
+    """
+
+    def __init__(self, claim: Claim, journal: Path | None, commit: str) -> None:
+        self.claim, self.journal, self.commit = claim, journal, commit
+        known = commit and not commit.endswith(DIRTY)  # else nobody can tell whether the code is the same
+        lines = [x for x in read_json_lines(journal) if known and x["commit"] == commit] if journal is not None else []
+        if journal is not None:
+            write_atomic(journal, *(json.dumps(line).encode() + b"\n" for line in lines))  # without a half line
+        self.found: dict[str, dict[str, Any]] = {line["key"]: line["found"] for line in lines}
+        self.before = sum(found["seconds"] for found in self.found.values())
+
+    def __call__(self, recipe: Recipe | Making) -> dict[str, Any]:
+        key = json.dumps([self.claim.metric, self.claim.measure, self.claim.target, _config(recipe)], default=str)
+        if key not in self.found:
+            self.found[key] = _measure(self.claim, recipe)
+            if self.journal is not None:
+                with open(self.journal, "a", encoding="utf-8") as f:
+                    f.write(json.dumps({"commit": self.commit, "key": key, "found": self.found[key]}) + "\n")
+        return self.found[key]
 
 
 def _measure(claim: Claim, recipe: Recipe | Making) -> dict[str, Any]:
@@ -175,8 +215,11 @@ def _reached(claim: Claim, value: float, higher: bool) -> bool:
 
 
 def _commit() -> str:
+    """Short name of the code's commit, with ``-dirty`` where files were changed since; empty outside git."""
+    here = Path(__file__).parent
     try:
-        out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        describe = ["git", "describe", "--always", f"--dirty={DIRTY}", "--exclude=*"]
+        out = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return out.stdout.strip()

@@ -39,6 +39,8 @@ from atoll.recipes.pictures import keep_samples
 
 EVENTS = 50
 """Lines of losses that a run writes, however many steps it takes."""
+COUNTED = 1000
+"""Length of the run whose first step is counted to see how many a budget pays for: some methods divide theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +292,7 @@ def steps_of(recipe: Distil, trainer: Trainer) -> int:
     if recipe.steps is not None:
         return recipe.steps
     assert recipe.budget is not None
+    trainer.steps = COUNTED
     trainer.prepare()
     each = trainer.flops_per_step()
     return max(1, int(recipe.budget * 1e12 / each)) if each else 0
@@ -304,7 +307,7 @@ def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str,
         teacher = load_denoiser(recipe.start)
     teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
     work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
-    trainer = Trainer(recipe.method, teacher, work, recipe.steps or 1)
+    trainer = Trainer(recipe.method, teacher, work, recipe.steps or COUNTED)
     steps, flops = recipe.steps, None
     if type(recipe.method).material is Distiller.material:
         each = trainer.flops_per_step()
