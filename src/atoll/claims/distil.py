@@ -87,6 +87,8 @@ def measure_distil(measure: str, making: Making) -> dict[str, Any]:
     started, recipe = time.perf_counter(), making.distil
     before = federated(making.sites) if making.sites is not None else {"up_bytes": 0, "down_bytes": 0}
     ready, trainer = trained(recipe)
+    if ready.images is None:
+        raise RunError("Samples of a claim are judged by rows; leave `texts` out.")
     calls = (recipe.calls or recipe.method.few)[0]
     reference = Reference.of(ready.images, make_judge(ready.images))
     found, _ = judge_generator(

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from atoll.core.build import Reader, describe
 from atoll.core.errors import AtollError, RecipeError, RunError
 from atoll.core.files import read_json_lines, write_atomic
 from atoll.core.tree import named_tensors
+from atoll.data.dataset import Info
 from atoll.data.source import Source
 from atoll.data.sources.digits import Digits
 from atoll.diffusion.as_denoiser import AsDenoiser
@@ -34,8 +35,10 @@ from atoll.diffusion.methods.sim import SIM
 from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.teacher import Teacher, make_denoiser
 from atoll.diffusion.trainer import Trainer
+from atoll.models.diffusers_net import DiffusersNet
 from atoll.models.export import ABOUT, about_model, save_model
 from atoll.recipes.pictures import keep_samples
+from atoll.recipes.texts import read_texts
 
 EVENTS = 50
 """Lines of losses that a run writes, however many steps it takes."""
@@ -54,6 +57,9 @@ class Distil:
         limit: use at most so many of them.
         teacher: the many-step model; trained here, once per machine.
         start: folder of a saved denoiser that is the teacher instead: of a run, or a checkpoint of diffusers.
+        texts: for a checkpoint that is told texts: safetensors file with what its text encoder says of prompts
+            (``recipes/texts.py``). Then no row of ``data`` is read, and nobody judges the samples.
+        shape: of such a checkpoint's samples, channels first; None takes the size that it was made for.
         method: how the student is made.
         lora: rank of the adapters that alone are trained, on the teacher; None trains all weights.
         steps: of training; None takes what ``budget`` pays for.
@@ -74,6 +80,8 @@ class Distil:
     limit: Annotated[int, Ge(1)] | None = None
     teacher: Teacher = field(default_factory=Teacher)
     start: str | None = None
+    texts: str | None = None
+    shape: tuple[Annotated[int, Ge(1)], ...] | None = None
     method: Distiller = field(default_factory=SIM)
     lora: Annotated[int, Ge(1)] | None = None
     steps: Annotated[int, Ge(0)] | None = None
@@ -90,6 +98,12 @@ class Distil:
     def __post_init__(self) -> None:
         if self.steps is None and self.budget is None:
             raise AtollError("Say how long to train: `steps`, or a `budget` of 10^12 floating-point operations.")
+        if self.texts is None and self.shape is not None:
+            raise AtollError("`shape` goes with `texts`; otherwise the rows of `data` say it.")
+        if self.texts is not None and self.start is None:
+            raise AtollError("`texts` are told to a checkpoint; name its folder in `start`.")
+        if self.texts is not None and self.method.needs == "images":
+            raise AtollError("This method trains on real images, which a stage with `texts` has none of; see `needs`.")
 
 
 def read_distil(value: Any, where: str = "recipe") -> Distil:
@@ -106,10 +120,10 @@ def read_distil(value: Any, where: str = "recipe") -> Distil:
 
 @dataclass
 class Ready:
-    """A stage whose data is loaded and whose teacher is there."""
+    """A stage whose data is loaded and whose teacher is there. ``images`` is None where only texts are given."""
 
     recipe: Distil
-    images: Images
+    images: Images | None
     teacher: Denoiser
     work: Work
     device: str
@@ -117,6 +131,21 @@ class Ready:
     @property
     def conditions(self) -> Tensor:
         return self.work.conditions.rows
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the rows that are made."""
+        return self.images.sigma_data if self.images is not None else self.teacher.sigma_data
+
+    @property
+    def info(self) -> Info:
+        """Of the rows that are made; of a checkpoint without rows, colours lie between -1 and 1."""
+        if self.images is not None:
+            return self.images.data.info
+        return Info(
+            name=Path(str(self.recipe.texts)).name, kind="image", shape=self.work.shape, mean=0.5,
+            scale=self.sigma_data / 2,
+        )  # fmt: skip
 
 
 def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | None = None) -> Ready:
@@ -127,6 +156,8 @@ def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | No
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("`device: cuda` needs a GPU that PyTorch can use, and there is none; use `device: auto`.")
+    if recipe.texts is not None:
+        return _told_texts(recipe, recipe.texts, device)
     if images is None:
         rows = recipe.data.load().train
         images = Images(rows.select(range(recipe.limit)) if recipe.limit and recipe.limit < len(rows) else rows)
@@ -142,6 +173,38 @@ def prepare(recipe: Distil, images: Images | None = None, teacher: Denoiser | No
     return Ready(recipe, images, teacher, work, device)
 
 
+def _told_texts(recipe: Distil, texts: str, device: str) -> Ready:
+    """A checkpoint with the conditions of a file, and without rows."""
+    teacher = load_denoiser(str(recipe.start))
+    net = teacher.net
+    if not isinstance(net, DiffusersNet):
+        raise RunError(f"`{recipe.start}` holds no checkpoint that is told texts; leave `texts` out.")
+    found = read_texts(texts, net)
+    if found.null is not None:
+        teacher = load_denoiser(str(recipe.start), null=found.null)
+    size = net.config.get("sample_size")
+    shape = recipe.shape or (net.channels, *_pair(size))
+    if len(shape) < 3:
+        raise RunError(f"`{recipe.start}` does not say how large its samples are; give `shape`, channels first.")
+    x, cond = torch.zeros(1, *shape), found.rows[:1]
+    try:
+        with torch.no_grad():
+            teacher(x, teacher.schedule.time(torch.ones(1)), cond)
+    except (RuntimeError, ValueError) as e:
+        raise RunError(f"The checkpoint does not take samples of {' x '.join(map(str, shape))}: {e}") from e
+    work = Work(
+        shape, Conditions(found.rows), None, recipe.seed, recipe.batch, device,
+        build=_adapted(teacher.to(device), recipe.lora, recipe.seed),
+    )  # fmt: skip
+    return Ready(recipe, None, teacher, work, device)
+
+
+def _pair(size: int | Sequence[int] | None) -> tuple[int, ...]:
+    if size is None:
+        return ()
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _adapted(teacher: Denoiser, rank: int | None, seed: int) -> Callable[[], Denoiser] | None:
     """What makes students and fake scores of the teacher and an adapter; None where whole copies are trained."""
     if rank is None:
@@ -155,8 +218,8 @@ def _fits(teacher: Denoiser, images: Images) -> None:
     if teacher.classes is None or teacher.classes < (info.num_classes or 1):
         told = "embeddings" if teacher.classes is None else f"{teacher.classes} classes"
         raise RunError(
-            f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; a stage distils models of "
-            "classes (from Python, `Trainer` takes any condition)."
+            f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; for a model of texts, give "
+            "its encoder's answers in `texts`."
         )
     x = torch.zeros(1, *info.shape)
     try:
@@ -218,7 +281,8 @@ class DistilRun:
     def _judge(self, trainer: Trainer) -> list[dict[str, Any]]:
         """One entry per way of sampling: what, calls, metrics; a few samples of each go into ``state/``."""
         ready, recipe = self.ready, self.ready.recipe
-        reference = Reference.of(ready.images, make_judge(ready.images))
+        reference = Reference.of(ready.images, make_judge(ready.images)) if ready.images is not None else None
+        samples = recipe.samples if reference is not None else min(recipe.samples, 20)
         ways: list[tuple[str, int, Any]] = [
             (f"teacher, {s.solver} {s.steps}", s.calls, lambda z, c, g, s=s: s(ready.teacher, z, c))
             for s in recipe.compare
@@ -232,13 +296,14 @@ class DistilRun:
         shown: list[tuple[str, Tensor]] = []
         for label, calls, generate in ways:
             metrics, x = judge_generator(
-                reference, generate, ready.work.shape, ready.conditions, samples=recipe.samples, device=ready.device
+                reference, generate, ready.work.shape, ready.conditions, samples=samples, device=ready.device
             )
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             out.append({"way": label, "calls": calls, "metrics": finite})
-            shown.append((f"{label}: {calls} {'call' if calls == 1 else 'calls'}", x[: 2 * len(ready.conditions)]))
+            several = 2 * len(ready.conditions) if reference is not None else samples
+            shown.append((f"{label}: {calls} {'call' if calls == 1 else 'calls'}", x[:several]))
         if len(ready.work.shape) == 3:
-            keep_samples(self.folder, ready.images.data.info, ready.images.sigma_data, shown)
+            keep_samples(self.folder, ready.info, ready.sigma_data, shown)
         return out
 
     def _export(self, trainer: Trainer) -> None:
@@ -259,17 +324,17 @@ class DistilRun:
 
     def _builder(self) -> dict[str, Any]:
         """What built the teacher, and so the student."""
-        recipe, images = self.ready.recipe, self.ready.images
+        recipe = self.ready.recipe
         if recipe.start:
             about = json.loads((Path(recipe.start) / ABOUT).read_text(encoding="utf-8"))
             return {k: about[k] for k in ("builder", "wrapper", "data", "outputs", "seed") if k in about}
-        t, info = recipe.teacher, images.data.info
-        wrapper = AsDenoiser(t.kind, images.sigma_data)
+        t, info = recipe.teacher, self.ready.info
+        wrapper = AsDenoiser(t.kind, self.ready.sigma_data)
         return about_model(t.model, info, info.num_classes or 1, t.seed, wrapper)
 
     def _start(self, trainer: Trainer) -> dict[str, Any]:
         ready = self.ready
-        info = ready.images.data.info
+        info = ready.info
         return {
             "event": "start", "at": _now(), "name": ready.recipe.name, "method": described(ready.recipe.method),
             "needs": ready.recipe.method.needs, "data": info.name, "steps": trainer.steps,
@@ -301,12 +366,16 @@ def steps_of(recipe: Distil, trainer: Trainer) -> int:
 def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str, Any]:
     """Steps, operations and size of a stage; nothing is trained, so a teacher that does not exist yet has random
     weights. ``flops`` is None for methods that first make samples of the teacher."""
-    rows = recipe.data.load().train
-    images, info = Images(rows), rows.info
-    if teacher is None and recipe.start:
-        teacher = load_denoiser(recipe.start)
-    teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
-    work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
+    if recipe.texts is not None:
+        ready = _told_texts(recipe, recipe.texts, "cpu")
+        teacher, work = ready.teacher, ready.work
+    else:
+        rows = recipe.data.load().train
+        images, info = Images(rows), rows.info
+        if teacher is None and recipe.start:
+            teacher = load_denoiser(recipe.start)
+        teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
+        work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
     trainer = Trainer(recipe.method, teacher, work, recipe.steps or COUNTED)
     steps, flops = recipe.steps, None
     if type(recipe.method).material is Distiller.material:

@@ -101,18 +101,21 @@ def verdict(made: Made) -> str:
     if student is not None:
         m = student["metrics"]
         calls = f"<b>{count(student['calls'])} {'call' if student['calls'] == 1 else 'calls'}</b> a sample"
-        said.append(f" that needs {calls}: distance {plain(number(m.get('fid')), 3)}")
-        said.append(f", class agreement {_share(m.get('agreement'))}.")
+        said.append(f" that needs {calls}{_quality(m, ': distance', ', class agreement')}.")
     if student is not None and best is not None:
-        m = best["metrics"]
-        said.append(
-            f" Its teacher's best way of sampling needs <b>{count(best['calls'])} calls</b> for a distance of "
-            f"{plain(number(m.get('fid')), 3)} and an agreement of {_share(m.get('agreement'))}."
-        )
+        said.append(f" Its teacher's best way of sampling needs <b>{count(best['calls'])} calls</b>")
+        said.append(f"{_quality(best['metrics'], ' for a distance of', ' and an agreement of')}.")
         faster = _seconds(best) / _seconds(student)
         if math.isfinite(faster):
             said.append(f" The student is <b>{plain(faster, 2)} times faster</b>.")
     return "".join(said)
+
+
+def _quality(metrics: Mapping[str, Any], distance: str, agreement: str) -> str:
+    """What the judge says, after words; nothing where there was none."""
+    if "fid" not in metrics:
+        return ""
+    return f"{distance} {plain(number(metrics['fid']), 3)}{agreement} {_share(metrics.get('agreement'))}"
 
 
 def _seconds(judged: Mapping[str, Any]) -> float:
@@ -135,10 +138,11 @@ def _tiles(made: Made) -> str:
     student, best = student_and_best(made)
     if made.end is None or student is None:
         return ""
+    m = student["metrics"]
     tiles = [
-        ("distance to real rows", plain(number(student["metrics"].get("fid")), 3), "lower is better"),
+        *([("distance to real rows", plain(number(m["fid"]), 3), "lower is better")] if "fid" in m else []),
         ("calls a sample", count(student["calls"]), f"teacher {count(best['calls'])}" if best else ""),
-        ("class agreement", _share(student["metrics"].get("agreement")), "as the judge sees it"),
+        *([("class agreement", _share(m["agreement"]), "as the judge sees it")] if "agreement" in m else []),
         ("1,000 samples", duration(_seconds(student)), f"teacher {duration(_seconds(best))}" if best else ""),
         ("training", duration(number(made.end.get("cpu_seconds"))), f"{count(made.end['steps'])} steps, CPU time"),
         ("trained parameters", count(number(made.end.get("trained_parameters"))), "in all networks that learned"),
@@ -147,13 +151,19 @@ def _tiles(made: Made) -> str:
 
 
 def _pictures(made: Made) -> str:
-    lead = "Two samples of each class, from the same noise in every row of pictures; nothing was picked."
+    what = "Samples of the first texts" if made.config.get("texts") else "Two samples of each class"
+    lead = f"{what}, from the same noise in every row of pictures; nothing was picked."
     return gallery(sample_figures(made.folder), lead)
 
 
 def _judged(made: Made) -> str:
     if not made.judged:
         return ""
+    if not any("fid" in j["metrics"] for j in made.judged):
+        rows = [[str(j["way"]), count(j["calls"]), duration(_seconds(j))] for j in made.judged]
+        lead = "There are no rows to compare with, so nobody judges the samples: look at them."
+        head = ["sampled by", "calls", "1,000 samples"]
+        return f'<h2>Speed</h2>\n<p class="lead">{lead}</p>\n' + table(head, rows, "")
     rows = []
     for j in made.judged:
         m = j["metrics"]

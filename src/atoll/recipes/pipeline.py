@@ -129,6 +129,8 @@ def as_config(chosen: Distil | Pipeline) -> dict[str, Any]:
 def as_yaml(chosen: Distil | Pipeline, with_places: bool = False) -> str:
     """The same as YAML; ``with_places`` makes paths absolute."""
     config = as_config(chosen)
+    if with_places and isinstance(chosen, Distil) and chosen.start and Path(chosen.start).exists():
+        config["start"] = str(Path(chosen.start).resolve())  # in a pipeline it may name a stage
     return str(yaml.safe_dump(located(config) if with_places else config, sort_keys=False, allow_unicode=True))
 
 

@@ -110,11 +110,16 @@ def _made(made: distil_report.Made) -> list[str]:
     student, best = distil_report.student_and_best(made)
     result = MISSING
     if student is not None:
-        result = f"distance {plain(number(student['metrics'].get('fid')), 3)} at {count(student['calls'])} calls"
+        result = f"{_distance(student)}{count(student['calls'])} {'call' if student['calls'] == 1 else 'calls'}"
         if best is not None:
-            result += f"; teacher {plain(number(best['metrics'].get('fid')), 3)} at {count(best['calls'])}"
+            result += f"; teacher {_distance(best)}{count(best['calls'])}"
     seconds = duration(number((made.end or {}).get("seconds")))
     return [str(made.start.get("method", "")), result, "0 B", "0 B", "training reads no row of a site", seconds]
+
+
+def _distance(judged: dict[str, Any]) -> str:
+    fid = judged["metrics"].get("fid")
+    return "" if fid is None else f"distance {plain(number(fid), 3)} at "
 
 
 def _stage(name: str, stage: Any) -> str:

@@ -291,7 +291,7 @@ def recipe_config(recipe: Any) -> dict[str, Any]:
     return out
 
 
-PATHS = ("path", "edges", "test_path", "images", "labels", "test_images", "test_labels")
+PATHS = ("path", "edges", "test_path", "images", "labels", "test_images", "test_labels", "texts")
 """Fields that hold paths."""
 
 
