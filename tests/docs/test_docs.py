@@ -16,6 +16,7 @@ import yaml
 from atoll.core.errors import DataError
 from atoll.federated.local.training import Training
 from atoll.federated.methods.fedavg import fedavg
+from atoll.recipes.distil import read_distil
 from atoll.recipes.pipeline import read_pipeline
 from atoll.recipes.recipe import load_recipe, read_recipe
 from atoll.recipes.run import plan, prepare
@@ -58,6 +59,9 @@ def test_recipes_in_the_readme_are_recipes(text, tmp_path, monkeypatch):
     if "stages" in value:
         stages = read_pipeline(value).stages
         assert stages["one_step"].start in stages
+        return
+    if value.get("stage") == "distil":
+        assert read_distil(value).texts == value["texts"]
         return
     recipe = read_recipe(value)
     monkeypatch.chdir(tmp_path)
