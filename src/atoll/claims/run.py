@@ -40,7 +40,6 @@ def run_claims(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             raise RecipeError([f"there is no claim `{name}` in {folder}.{did_you_mean(name, paths)}"], "claims")
     chosen = list(names) or [n for n in paths if not (folder / "results" / f"{n}.json").exists()]
     for name in chosen:
-        (folder / "results").mkdir(parents=True, exist_ok=True)
         journal = folder / "results" / f"{name}.partial.jsonl"
         record = run_claim(load_claim(paths[name]), journal)
         write_json(folder / "results" / f"{name}.json", record)
@@ -56,12 +55,12 @@ def run_claim(claim: Claim, journal: Path | None = None) -> dict[str, Any]:
             made again: claims take hours, and may be interrupted.
     """
     started, commit = time.time(), _commit()  # of the code that runs, not of what is committed meanwhile
-    measure = _Measure(claim, journal, commit)
     arms: dict[str, Any] = {}
     tries = {arm: _tries(claim, arm) for arm in claim.arms}
     for arm, changes in tries.items():
         for change in changes:
             _recipe(claim, arm, change, claim.seeds[0])  # a mistake in the last arm is told now, not after hours
+    measure = _Measure(claim, journal, commit)
     total = sum(len(claim.seeds) + (len(t) if len(t) > 1 else 0) for t in tries.values())
     with progress(total, f"claim {claim.name}") as bar:
         done = itertools.count(1)
@@ -148,6 +147,7 @@ class _Measure:
         known = commit and not commit.endswith(DIRTY)  # else nobody can tell whether the code is the same
         lines = [x for x in read_json_lines(journal) if known and x["commit"] == commit] if journal is not None else []
         if journal is not None:
+            journal.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(journal, *(json.dumps(line).encode() + b"\n" for line in lines))  # without a half line
         self.found: dict[str, dict[str, Any]] = {line["key"]: line["found"] for line in lines}
         self.before = sum(found["seconds"] for found in self.found.values())

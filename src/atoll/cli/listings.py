@@ -1,0 +1,132 @@
+"""Commands that list what there is: methods, papers, data, claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atoll.cli.app import Changes, Json, Reference, Trust, app, claim_app, data_app, trusting
+from atoll.cli.said import print_card, print_table
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one of them in full.")] = None,
+    area: Annotated[str | None, typer.Option(help="Only this area, e.g. codec.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what is implemented: methods, codecs, combiners, partitioners, and their recorded verdicts."""
+    from atoll.claims.catalogue import catalogue
+    from atoll.core.errors import RecipeError, did_you_mean
+
+    rows = catalogue()
+    areas = {r["area"] for r in rows}
+    if area is not None and area not in areas:
+        raise RecipeError([f"there is no area `{area}`.{did_you_mean(area, areas)}"], "methods")
+    rows = [r for r in rows if area is None or r["area"] == area]
+    if name is not None:
+        chosen = [r for r in rows if r["name"] == name]
+        if not chosen:
+            raise RecipeError([f"there is no `{name}`.{did_you_mean(name, [r['name'] for r in rows])}"], "methods")
+        rows = chosen
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif name is not None:
+        print_card(rows[0])
+    else:
+        print_table(["name", "area", "what it does", "claims"], [
+            [r["name"], r["area"], r["summary"], ", ".join(c["verdict"] for c in r["claims"])] for r in rows
+        ])  # fmt: skip
+
+
+@app.command()
+def cite(recipe: Reference, changes: Changes = None, bibtex: bool = False, as_json: Json = False) -> None:
+    """Print the papers of exactly the parts that a recipe uses."""
+    from dataclasses import asdict
+
+    from atoll.claims.catalogue import cites_of
+    from atoll.recipes.pipeline import load_any
+
+    found = cites_of(load_any(recipe, changes or []))
+    if as_json:
+        print(json.dumps([{"part": part, **asdict(c)} for part, c in found], indent=2))
+    else:
+        for part, c in found:
+            print(c.bibtex() if bibtex else f"{part}: {c}")
+
+
+@data_app.command("show")
+def data_show(
+    recipe: Reference,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="Write the picture here (SVG).")] = None,
+    trust: Trust = None,
+    as_json: Json = False,
+) -> None:
+    """Show which rows lie at which site: a table here, and a picture with --out."""
+    trusting(trust)
+    from atoll.data.picture import partition_svg, partition_text
+    from atoll.recipes.recipe import load_recipe
+
+    federation = load_recipe(recipe, changes or []).federation()
+    if out is not None:
+        write_text(out, partition_svg(federation))
+    if as_json:
+        rows = [{part: len(getattr(s, part)) for part in ("train", "validation", "test")} for s in federation.sites]
+        print(json.dumps({**federation.labels, "rows": rows, "common_test": len(federation.test)}, default=str))
+    else:
+        print(partition_text(federation))
+        if out is not None:
+            print(f"picture: {out}")
+
+
+@claim_app.command("run")
+def claim_run(
+    names: Annotated[list[str] | None, typer.Argument(help="Claims to run; none runs those without a record.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder with the claim files.")] = Path("claims"),
+    as_json: Json = False,
+) -> None:
+    """Run claims and record the outcome with seeds, versions and machine."""
+    from atoll.claims.run import run_claims
+
+    done = []
+    for record in run_claims(folder, names or []):
+        done.append(record)
+        if not as_json:
+            print(f"{record['name']}: " + "; ".join(f"{c['expect']}: {c['verdict']}" for c in record["comparisons"]))
+    if as_json:
+        print(json.dumps(done, indent=2))
+    elif not done:
+        print(f"Every claim in {folder} has a record; name one to run it again.")
+
+
+@claim_app.command("table")
+def claim_table(
+    folder: Annotated[Path, typer.Option(help="Folder with the claim files.")] = Path("claims"),
+    docs: Annotated[Path, typer.Option(help="Folder to write claims.md and methods.md to.")] = Path("docs"),
+    as_json: Json = False,
+) -> None:
+    """Write docs/claims.md and docs/methods.md from the recorded results."""
+    from atoll.claims.table import records, write_tables
+
+    if as_json:
+        print(json.dumps(records(folder), indent=2))
+    else:
+        for path in write_tables(folder, docs):
+            print(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    from atoll.core.errors import RunError
+    from atoll.core.files import write_atomic
+
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; give the name of a file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(), durable=False)
+    except OSError as e:
+        raise RunError(f"{path} cannot be written ({e.strerror}).") from e
