@@ -115,6 +115,18 @@ def test_a_run_cut_off_anywhere_ends_in_the_same_bits(stop: int, tmp_path: Path)
     assert same(straight.state(), resumed.state())
 
 
+def test_step_sizes_fall_to_nothing_at_the_end() -> None:
+    sizes: list[float] = []
+    trainer = Trainer(Toy(), TEACHER, work(), 8, cooldown=0.5)
+    trainer.go(lambda *_: sizes.append(trainer.optimisers["student"].param_groups[0]["lr"]))
+    first = sizes[0]
+    assert first > 0
+    assert [s / first for s in sizes] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    whole = Trainer(Toy(), TEACHER, work(), 8)
+    whole.go()
+    assert whole.optimisers["student"].param_groups[0]["lr"] == first
+
+
 def test_a_run_killed_while_it_writes_keeps_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

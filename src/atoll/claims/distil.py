@@ -17,7 +17,7 @@ from atoll.core.errors import RunError
 from atoll.core.files import user_cache
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.trainer import Trainer
-from atoll.recipes.distil import Distil, Ready, prepare, read_distil, steps_of
+from atoll.recipes.distil import Distil, Ready, prepare, read_distil, trainer_of
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.run import finished, reopen, start
 
@@ -112,10 +112,7 @@ def trained(recipe: Distil) -> tuple[Ready, Trainer]:
     if key in _trained:
         return _trained[key]
     ready = prepare(recipe)
-    trainer = Trainer(
-        recipe.method, ready.teacher, ready.work, recipe.steps or 0, None, recipe.precision, recipe.compiled
-    )  # fmt: skip
-    trainer.steps = steps_of(recipe, trainer)
+    trainer = trainer_of(ready)
     trainer.go(label=recipe.name)
     _trained[key] = ready, trainer
     while len(_trained) > KEPT:

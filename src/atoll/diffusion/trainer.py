@@ -52,6 +52,8 @@ class Trainer:
         folder: where checkpoints go; None keeps none.
         precision: ``bf16`` computes the networks in bfloat16, losses and weights stay float32.
         compiled: let ``torch.compile`` fuse the networks; worth its minutes on a GPU only.
+        cooldown: share of the run, at its end, over which all step sizes fall to nothing: what a fixed step size
+            jitters about is settled (Hagele et al., 2024, arXiv 2405.18392).
         save_every: seconds between checkpoints.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
     folder: Path | None = None
     precision: Literal["float32", "bf16"] = "float32"
     compiled: bool = False
+    cooldown: float = 0.0
     save_every: float = 30.0
     step: int = 0
     bill: Bill = field(default_factory=Bill)
@@ -160,12 +163,17 @@ class Trainer:
             if not torch.isfinite(norm):  # one bad batch must not end the run: it is left out
                 for p in parameters:
                     p.grad = None
-            self.optimisers[name].param_groups[0]["lr"] = role.lr_at(self.step, self.steps)
+            self.optimisers[name].param_groups[0]["lr"] = role.lr_at(self.step, self.steps) * self._cooled()
             self.optimisers[name].step()
             for p in parameters:
                 p.grad = None
             self.updates_done[name] += 1
             self._average(name)
+
+    def _cooled(self) -> float:
+        """Factor of all step sizes."""
+        last = self.cooldown * self.steps
+        return min(1.0, (self.steps - self.step) / last) if last else 1.0
 
     def _average(self, name: str) -> None:
         decay = self.roles[name].ema

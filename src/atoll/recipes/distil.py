@@ -64,6 +64,7 @@ class Distil:
         lora: rank of the adapters that alone are trained, on the teacher; None trains all weights.
         steps: of training; None takes what ``budget`` pays for.
         budget: floating-point operations of training, in units of 10^12: equal work for different methods.
+        cooldown: share of training, at its end, over which all step sizes fall to nothing.
         batch: samples per loss.
         calls: calls per sample at which the student is judged; None: those that its method is made for.
         samples: that the judge looks at.
@@ -86,6 +87,7 @@ class Distil:
     lora: Annotated[int, Ge(1)] | None = None
     steps: Annotated[int, Ge(0)] | None = None
     budget: Annotated[float, Gt(0)] | None = None
+    cooldown: Annotated[float, Ge(0), Le(1)] = 0.0
     batch: Annotated[int, Ge(1)] = 128
     calls: tuple[Annotated[int, Ge(1)], ...] | None = None
     samples: Annotated[int, Ge(20)] = 2000
@@ -240,18 +242,10 @@ class DistilRun:
         self.folder, self.ready = folder, ready
         self.events = folder / "events.jsonl"
 
-    def trainer(self) -> Trainer:
-        r = self.ready.recipe
-        made = Trainer(
-            r.method, self.ready.teacher, self.ready.work, r.steps or 0, self.folder / "state", r.precision, r.compiled
-        )
-        made.steps = steps_of(r, made)
-        return made
-
     def go(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
         """Train to the end, judge, export. Returns the summary (the ``end`` event)."""
         recipe = self.ready.recipe
-        trainer = self.trainer()
+        trainer = trainer_of(self.ready, self.folder / "state")
         resumed = trainer.load()
         kept = [e for e in self._read() if e.get("step", 0) <= trainer.step] if resumed else []
         write_atomic(self.events, *(json.dumps(e).encode() + b"\n" for e in kept), durable=False)
@@ -350,6 +344,14 @@ class DistilRun:
             f.write(json.dumps(event, default=float).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
+
+
+def trainer_of(ready: Ready, folder: Path | None = None) -> Trainer:
+    """What trains the student, for as many steps as the recipe says or its budget pays for."""
+    r = ready.recipe
+    made = Trainer(r.method, ready.teacher, ready.work, r.steps or 0, folder, r.precision, r.compiled, r.cooldown)
+    made.steps = steps_of(r, made)
+    return made
 
 
 def steps_of(recipe: Distil, trainer: Trainer) -> int:
