@@ -112,7 +112,8 @@ class Trainer:
             self.bill.material_cpu_seconds = float(message.facts["cpu_seconds"])
             return
         started = time.process_time()
-        made = self.method.material(self.teacher, self.work)
+        with self._precision():
+            made = self.method.material(self.teacher, self.work)
         self.bill.material_cpu_seconds = time.process_time() - started
         self.material = made
         if path is not None and made:
@@ -134,8 +135,7 @@ class Trainer:
         with seeded(self.work.seed, "distil", "global", self.step):
             turns = self.method.updates(nets, draw)
             while True:
-                # without the cache: it may hold weights as a call without gradients saw them
-                with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False):
+                with self._precision():
                     turn = next(turns, None)
                 if turn is None:
                     break
@@ -149,6 +149,11 @@ class Trainer:
         self.bill.seconds += time.perf_counter() - started
         self.bill.cpu_seconds += time.process_time() - cpu
         return said
+
+    def _precision(self) -> torch.autocast:
+        """Without its cache, which may hold weights as a call without gradients saw them."""
+        kind = torch.device(self.work.device).type
+        return torch.autocast(kind, torch.bfloat16, self.precision == "bf16", cache_enabled=False)
 
     def _descend(self, roles: tuple[str, ...], losses: Mapping[str, Tensor]) -> None:
         total = torch.stack([v.float() for v in losses.values()]).sum()
