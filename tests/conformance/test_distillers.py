@@ -12,16 +12,21 @@ import pytest
 import torch
 
 from atoll.core.build import describe, find, names_in
+from atoll.core.errors import DataError
+from atoll.core.streams import stream
 from atoll.core.tree import clone, equal, named_tensors
 from atoll.data.sources.digits import Digits
+from atoll.diffusion.as_denoiser import AsDenoiser
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
 from atoll.diffusion.latent_reward import LatentReward
 from atoll.diffusion.pairs import TeacherPairStore, TrajectoryStore
 from atoll.diffusion.rewards import InkFraction
 from atoll.diffusion.solvers import Sampler
+from atoll.diffusion.student import describe_student, load_student, save_description
 from atoll.diffusion.teacher import make_denoiser
 from atoll.diffusion.trainer import Trainer
+from atoll.models.export import about_model, save_model
 from atoll.models.unet import UNet
 
 METHODS = names_in(Distiller.package, Distiller)
@@ -117,6 +122,30 @@ def test_it_is_plain_data(name: str) -> None:
     assert dataclasses.is_dataclass(method)
     assert method == make(name)
     assert describe(method)["name"] == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_student_draws_the_same(name: str, tmp_path: Path) -> None:
+    method = make(name)
+    teacher, work = world(name)
+    info = Digits().load().train.info
+    trainer = Trainer(method, teacher, work, STEPS)
+    trainer.go()
+    nets = trainer.nets
+    save_model(nets.get("student_ema", nets["student"]), tmp_path, {})
+    builder = about_model(UNet(width=8), info, 10, 0, AsDenoiser("edm", 0.5))
+    save_description(tmp_path, describe_student(method, info, 0.5, teacher.classes, builder))
+
+    student = load_student(tmp_path)
+    assert describe(student.method) == describe(method)
+    for calls in method.few:
+        z = torch.randn(10, *work.shape, generator=stream(3, "draw", "noise"))
+        own = torch.Generator().manual_seed(stream(3, "draw", "sampler").initial_seed())
+        expected = method.generate(nets, z, torch.arange(10), calls, own)
+        assert torch.equal(student.draw(torch.arange(10), calls, seed=3), expected)
+    assert student.pixels(expected).shape == (10, 8, 8, 1)
+    with pytest.raises(DataError, match="0 to 9"):
+        student.draw(torch.tensor([10]))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -119,6 +119,13 @@ def test_a_story_from_start_to_page(tmp_path: Path):
     assert set(json.loads(shown.output)) == set(STORY["stages"])
     with pytest.raises(RunError, match="already holds a run"):
         start_stages(read_pipeline(STORY), tmp_path / "run")
+    drawn = CliRunner().invoke(
+        app, ["draw", str(tmp_path / "run" / "one_step"), "--out", str(tmp_path / "x.png"), "--per-class", "3"]
+    )
+    assert "30 samples" in drawn.output, drawn.output
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    wrong = CliRunner().invoke(app, ["draw", str(tmp_path / "run" / "classifier")])
+    assert isinstance(wrong.exception, DataError)
 
 
 def test_a_killed_distillation_ends_with_the_same_bits(tmp_path: Path):

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from atoll.cli import app
 from atoll.core.errors import AtollError, DataError
 from atoll.diffusion.diffusers_model import from_diffusers, load_denoiser
+from atoll.diffusion.student import load_student
+from atoll.models.diffusers_net import DiffusersNet
 from atoll.recipes.texts import read_texts
 
 diffusers = pytest.importorskip("diffusers")
@@ -84,7 +86,18 @@ def test_a_run_distils_it(name: str, lora: int | None, tmp_path: Path) -> None:
         student = getattr(diffusers, kind).from_pretrained(model / "transformer")
         pairs = zip(student.parameters(), teacher.parameters(), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs)
+    given = load_denoiser(tmp_path / "teacher")
+    if lora:
+        with pytest.raises(DataError, match="give the teacher"):
+            load_student(model)
+    drawn = load_student(model, given if lora else None)
+    assert isinstance(given.net, DiffusersNet)
+    rows = read_texts(tmp_path / "texts.safetensors", given.net).rows
+    x = drawn.draw(rows)
+    assert drawn.pixels(x).shape == (6, 8, 8, 3)
+    assert torch.isfinite(x).all()
     page = (tmp_path / "run" / "report.html").read_text()
+    assert "load_student" in page
     assert "nobody judges" in page
     assert page.count('class="grid"') + page.count("<figure") >= 2
     assert "nan" not in result.output

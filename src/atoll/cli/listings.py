@@ -58,6 +58,35 @@ def cite(recipe: Reference, changes: Changes = None, bibtex: bool = False, as_js
             print(c.bibtex() if bibtex else f"{part}: {c}")
 
 
+@app.command()
+def draw(
+    folder: Annotated[Path, typer.Argument(help="The directory of a distillation, or its model folder.")],
+    out: Annotated[Path, typer.Option(help="Picture to write (PNG).")] = Path("samples.png"),
+    per_class: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each class.")] = 2,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Calls a sample; default: the fewest it is made for.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    teacher: Annotated[Path | None, typer.Option(help="Of an adapter: the model that it adapts.")] = None,
+) -> None:
+    """Draw samples of a generator that a run has made."""
+    import torch
+
+    from atoll.core.errors import DataError
+    from atoll.diffusion.diffusers_model import load_denoiser
+    from atoll.diffusion.student import load_student
+    from atoll.recipes.png import grid, png
+
+    place = folder / "model" if (folder / "model").is_dir() else folder
+    student = load_student(place, load_denoiser(teacher) if teacher is not None else None)
+    if student.classes is None:
+        raise DataError("This generator is told texts; draw from it in Python with their embeddings (`load_student`).")
+    cond = torch.arange(student.classes).repeat_interleave(per_class)
+    pixels = student.pixels(student.draw(cond, calls, seed))
+    write_bytes(out, png(grid(pixels, min(10 * per_class, len(pixels)) if per_class <= 2 else per_class)))
+    print(f"picture: {out} ({len(pixels)} samples, class by class)")
+
+
 @data_app.command("show")
 def data_show(
     recipe: Reference,
@@ -73,7 +102,7 @@ def data_show(
 
     federation = load_recipe(recipe, changes or []).federation()
     if out is not None:
-        write_text(out, partition_svg(federation))
+        write_bytes(out, partition_svg(federation).encode())
     if as_json:
         rows = [{part: len(getattr(s, part)) for part in ("train", "validation", "test")} for s in federation.sites]
         print(json.dumps({**federation.labels, "rows": rows, "common_test": len(federation.test)}, default=str))
@@ -119,7 +148,7 @@ def claim_table(
             print(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     from atoll.core.errors import RunError
     from atoll.core.files import write_atomic
 
@@ -127,6 +156,6 @@ def write_text(path: Path, text: str) -> None:
         raise RunError(f"{path} is a folder; give the name of a file to write.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode(), durable=False)
+        write_atomic(path, content, durable=False)
     except OSError as e:
         raise RunError(f"{path} cannot be written ({e.strerror}).") from e

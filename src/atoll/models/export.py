@@ -74,16 +74,18 @@ def load_model(folder: Path | str, base: nn.Module | None = None) -> nn.Module:
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        adapted = base if base is not None else _build(folder, _about(folder))
+        adapted = base if base is not None else build_described(_about(folder), str(folder / ABOUT))
         model: nn.Module = PeftModel.from_pretrained(adapted, folder)
     elif holds_diffusers(folder):
         about = _about(folder)
         read = about["builder"] if about["builder"].get("name") == "diffusers_folder" else {"name": "diffusers_folder"}
-        model = _build(folder, {**about, "builder": {**read, "path": str(folder), "weights": True}})
+        model = build_described(
+            {**about, "builder": {**read, "path": str(folder), "weights": True}}, str(folder / ABOUT)
+        )
     elif (folder / "config.json").exists():
         model = _transformers(folder)
     else:
-        model = base if base is not None else _build(folder, _about(folder), fresh=True)
+        model = base if base is not None else build_described(_about(folder), str(folder / ABOUT), fresh=True)
         load_weights(model, read_weights(folder), str(folder))
     return model.eval()
 
@@ -98,13 +100,13 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _build(folder: Path, about: Mapping[str, Any], fresh: bool = False) -> nn.Module:
-    """The module that ``model.json`` describes. ``fresh``: its weights will be replaced, so read none."""
+def build_described(about: Mapping[str, Any], where: str, fresh: bool = False) -> nn.Module:
+    """The module that facts of :func:`about_model` describe. ``fresh``: its weights will be replaced, so read none."""
     reader = Reader()
     network = reader.read(ModelBuilder, about["builder"], "builder")
     wrapper = reader.read(Wrapper, about["wrapper"], "wrapper") if about.get("wrapper") else None
     if reader.problems:
-        raise DataError(f"{folder / ABOUT}: {'; '.join(reader.problems)}.")
+        raise DataError(f"{where}: {'; '.join(reader.problems)}.")
     if fresh:
         network = network.architecture
     data = about["data"]

@@ -33,6 +33,7 @@ from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.methods.sim import SIM
 from atoll.diffusion.solvers import Sampler
+from atoll.diffusion.student import describe_student, save_description
 from atoll.diffusion.teacher import Teacher, make_denoiser
 from atoll.diffusion.trainer import Trainer
 from atoll.models.diffusers_net import DiffusersNet
@@ -308,18 +309,24 @@ class DistilRun:
         if student is None:
             return
         facts: dict[str, Any] = {"method": described(recipe.method), "calls": list(recipe.method.few)}
+        folder.mkdir(parents=True, exist_ok=True)
+        teacher, ready = self._builder(), self.ready
+        save_description(
+            folder, describe_student(recipe.method, ready.info, ready.sigma_data, ready.teacher.classes, teacher)
+        )
         if isinstance(student, Denoiser) and savable(student):
-            folder.mkdir(parents=True, exist_ok=True)
             save_denoiser(student, folder)
             return
-        if named_tensors(student).keys() == named_tensors(self.ready.teacher).keys():
-            facts |= self._builder()
+        if named_tensors(student).keys() == named_tensors(ready.teacher).keys():
+            facts |= teacher or {}
         save_model(student, folder, facts)
 
-    def _builder(self) -> dict[str, Any]:
-        """What built the teacher, and so the student."""
+    def _builder(self) -> dict[str, Any] | None:
+        """What built the teacher, and so the student; None of a checkpoint, which says it itself."""
         recipe = self.ready.recipe
         if recipe.start:
+            if not (Path(recipe.start) / ABOUT).exists():
+                return None
             about = json.loads((Path(recipe.start) / ABOUT).read_text(encoding="utf-8"))
             return {k: about[k] for k in ("builder", "wrapper", "data", "outputs", "seed") if k in about}
         t, info = recipe.teacher, self.ready.info

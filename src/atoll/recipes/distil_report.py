@@ -14,6 +14,7 @@ import yaml
 from atoll.core.card import Card, all_cards
 from atoll.core.errors import RunError
 from atoll.core.files import read_json_lines, write_atomic
+from atoll.diffusion.student import NAME as STUDENT
 from atoll.recipes.charts import Series, line_chart
 from atoll.recipes.page import capital, charts, figure, label, table, tile, whole_page
 from atoll.recipes.pictures import gallery, sample_figures
@@ -214,19 +215,17 @@ def _method(made: Made) -> str:
 
 
 def _use(made: Made) -> str:
-    """Lines of Python that draw from the student, where it is sampled like any one-step model."""
-    rollout = made.config.get("method", {}).get("rollout") or {}
-    if made.end is None or rollout.get("name") != "one_step" or not (made.folder / "model" / "model.json").exists():
+    """Lines of Python that draw from the student."""
+    if made.end is None or not (made.folder / "model" / STUDENT).exists():
         return ""
-    lines = [
-        "import torch",
-        "from atoll.diffusion.rollouts import few_step_ratios, few_steps",
-        "from atoll.models.export import load_model",
-        "",
-        'student = load_model("model")',
-        f"z, cond = torch.randn(10, *{tuple(made.start.get('shape', ()))}), torch.arange(10)",
-        f"x = few_steps(student, z, cond, few_step_ratios(1, {rollout.get('ratio', 2.5)}))  # one call",
-    ]
+    texts, adapter = made.config.get("texts"), made.config.get("lora")
+    lines = ["import torch", "from atoll.diffusion.student import load_student"]
+    if adapter:
+        lines.append("from atoll.diffusion.diffusers_model import load_denoiser")
+    given = f', load_denoiser("{made.config.get("start")}")' if adapter else ""
+    cond = "packed_texts" if texts else "torch.arange(10)"
+    lines += ["", f'student = load_student("model"{given})', f"x = student.draw({cond})  # its fewest calls"]
+    lines += [] if texts else ["pixels = student.pixels(x)  # uint8 [B, H, W, C]"]
     return f"<h2>Draw from the model</h2>\n<pre><code>{e(chr(10).join(lines))}</code></pre>"
 
 
