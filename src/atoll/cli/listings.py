@@ -81,10 +81,11 @@ def draw(
     student = load_student(place, load_denoiser(teacher) if teacher is not None else None)
     if student.classes is None:
         raise DataError("This generator is told texts; draw from it in Python with their embeddings (`load_student`).")
-    cond = torch.arange(student.classes).repeat_interleave(per_class)
+    cond = torch.arange(student.classes).repeat(per_class)
     pixels = student.pixels(student.draw(cond, calls, seed))
-    write_bytes(out, png(grid(pixels, min(10 * per_class, len(pixels)) if per_class <= 2 else per_class)))
-    print(f"picture: {out} ({len(pixels)} samples, class by class)")
+    larger = max(1, 56 // pixels.shape[2])  # small ones can be looked at
+    write_bytes(out, png(grid(pixels.repeat(larger, 1).repeat(larger, 2), student.classes)))
+    print(f"picture: {out} ({len(pixels)} samples, a column for each class)")
 
 
 @data_app.command("show")
