@@ -22,7 +22,7 @@ from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.run import finished, reopen, start
 
 HIGHER = ("precision", "recall", "agreement", "diversity")
-KEPT = 4
+KEPT = 8
 """Trainings that are kept: arms that differ in ``calls`` alone judge one student."""
 
 EDITION = 1
