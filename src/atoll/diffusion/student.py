@@ -31,6 +31,8 @@ from atoll.models.export import build_described
 from atoll.models.weights import load_weights, read_weights
 
 NAME = "student.json"
+LARGEST = 1_000_000
+"""Of a side, and of the number of classes."""
 HELD = ("method", "shape", "conditions", "sigma_data", "mean", "scale", "teacher")
 
 
@@ -117,12 +119,18 @@ def load_student(folder: Path | str, teacher: Denoiser | None = None) -> Student
     method = reader.read(Distiller, facts["method"], "method")
     if reader.problems:
         raise DataError(f"{folder / NAME}: {'; '.join(reader.problems)}.")
-    shape, classes = tuple(int(n) for n in facts["shape"]), facts["conditions"]
+    try:
+        shape, classes = tuple(int(n) for n in facts["shape"]), facts["conditions"]
+        look = {k: torch.as_tensor(facts[k]) for k in ("mean", "scale")}
+        sigma_data = float(facts["sigma_data"])
+        if not all(0 < n <= LARGEST for n in (*shape, *([] if classes is None else [int(classes)]))):
+            raise ValueError("sizes out of bounds")
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise DataError(f"{folder / NAME} is damaged ({e}); run the stage again.") from e
     nets = _nets(folder, facts, method, teacher, shape, classes)
     for net in nets.values():
         net.eval().requires_grad_(False)
-    look = {k: torch.as_tensor(facts[k]) for k in ("mean", "scale")}
-    return Student(method, nets, shape, classes, float(facts["sigma_data"]), **look)
+    return Student(method, nets, shape, classes, sigma_data, **look)
 
 
 def _nets(
