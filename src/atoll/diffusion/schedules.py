@@ -276,7 +276,7 @@ class UShaped(TimeLaw):
 
 @dataclass(frozen=True)
 class KarrasIndex(TimeLaw):
-    """Uniform in the index of Karras's grid, up to its noisiest part: what score distillation draws.
+    """Uniform in the index of Karras's grid, up to its noisiest part: what SiD draws.
 
     SiD leaves out the noisiest fifth (its t_max of 800 in 1000), where nothing of a sample can be seen; at the clean
     end the details are decided.

@@ -22,7 +22,7 @@ from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.guidance import Guidance
 from atoll.diffusion.losses import CriticLoss, Denoising, DMDLoss, GeneratorLoss, Noisy, Probe, hidden
 from atoll.diffusion.rollouts import OneStep, Rollout, Sample
-from atoll.diffusion.schedules import KarrasIndex, LogNormal, TimeLaw, shaped, step_between
+from atoll.diffusion.schedules import TimeLaw, UniformTime, shaped, step_between
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class ScoreDistillation(Distiller):
         loss: what the generator descends.
         rollout: how it makes the sample that is judged.
         critic: what the fake score descends.
-        law: noise levels at which the generator is judged.
-        critic_law: noise levels at which the fake score learns.
+        law: noise levels at which the generator is judged. SiD's own is ``KarrasIndex``, which looks at details more
+            often; here the high levels, where classes and outlines are decided, pay more in short runs.
+        critic_law: noise levels at which the fake score learns: it has to be right where it is asked.
         guidance: of the teacher; a student trained with it is sampled without any.
         fake_guidance: of the fake score while it judges.
         fake_condition: of the fake score while it learns: a scale of 0 hides every condition from it.
@@ -48,8 +49,8 @@ class ScoreDistillation(Distiller):
     loss: GeneratorLoss = DMDLoss()
     rollout: Rollout = OneStep()
     critic: CriticLoss = Denoising()
-    law: TimeLaw = KarrasIndex()
-    critic_law: TimeLaw = LogNormal()
+    law: TimeLaw = UniformTime(0.02, 0.98)
+    critic_law: TimeLaw = UniformTime(0.02, 0.98)
     guidance: Guidance = Guidance()
     fake_guidance: Guidance = Guidance()
     fake_condition: Guidance = Guidance()

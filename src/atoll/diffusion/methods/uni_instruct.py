@@ -16,7 +16,7 @@ from atoll.diffusion.f_divergences import LevelMean
 from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.losses import Probe, RatioLoss, UniLoss
 from atoll.diffusion.rollouts import Sample
-from atoll.diffusion.schedules import KarrasIndex
+from atoll.diffusion.schedules import UniformTime
 from atoll.diffusion.score_distillation import ScoreDistillation
 
 CARD = Card(
@@ -59,7 +59,7 @@ class UniInstruct(ScoreDistillation):
     """
 
     loss: RatioLoss = UniLoss()
-    adversary: Adversary | None = Adversary(weight=1e-4, critic_weight=1.0, law=KarrasIndex(), clip=20.0)
+    adversary: Adversary | None = Adversary(weight=1e-4, critic_weight=1.0, law=UniformTime(0.02, 0.98), clip=20.0)
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
 
     def __post_init__(self) -> None:
