@@ -24,13 +24,13 @@ from atoll.diffusion.methods.edm_fm_teacher import EdmFmTeacher
 from atoll.diffusion.methods.lcsc import LCSC, aim, as_images, seen_by
 from atoll.diffusion.pairs import TeacherPairStore
 from atoll.diffusion.rows import Rows
-from atoll.diffusion.schedules import EDM
+from atoll.diffusion.schedules import EDM, KarrasIndex, LogNormal
 from atoll.diffusion.search import ema_weights
 from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.trail import CheckpointTrail, vector
 from atoll.diffusion.trainer import Trainer
 
-FAST = DMD(lr=1e-3, critic_lr=3e-3)
+FAST = DMD(law=KarrasIndex(), critic_law=LogNormal(), lr=1e-3, critic_lr=3e-3)
 
 
 def size_of(net: nn.Module) -> float:
