@@ -236,3 +236,15 @@ def test_a_png_holds_the_pixels():
     tiles = grid(np.zeros((3, 2, 2, 1), np.uint8), columns=2, gap=1)
     assert tiles.shape == (5, 5, 1)
     assert tiles[2].min() == 255
+
+
+def test_folders_that_stages_start_from_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "models" / "old").mkdir(parents=True)
+    (tmp_path / "generator").mkdir()
+    monkeypatch.chdir(tmp_path)
+    alone = yaml.safe_load(as_yaml(read_distil({**ALONE, "start": "generator"}), with_places=True))
+    assert alone["start"] == str(tmp_path / "generator")
+    stages = {"generator": GENERATOR, "one_step": ONE_STEP, "other": {**ONE_STEP, "start": "models/old"}}
+    story = yaml.safe_load(as_yaml(read_pipeline({**STORY, "stages": stages}), with_places=True))["stages"]
+    assert story["one_step"]["start"] == "generator", "a stage, whatever lies about"
+    assert story["other"]["start"] == str(tmp_path / "models" / "old")

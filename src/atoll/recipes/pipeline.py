@@ -129,8 +129,10 @@ def as_config(chosen: Distil | Pipeline) -> dict[str, Any]:
 def as_yaml(chosen: Distil | Pipeline, with_places: bool = False) -> str:
     """The same as YAML; ``with_places`` makes paths absolute."""
     config = as_config(chosen)
-    if with_places and isinstance(chosen, Distil) and chosen.start and Path(chosen.start).exists():
-        config["start"] = str(Path(chosen.start).resolve())  # in a pipeline it may name a stage
+    for stage in [config, *config.get("stages", {}).values()] if with_places else ():
+        begins = stage.get("start")
+        if begins and (isinstance(chosen, Distil) or "/" in begins) and Path(begins).exists():
+            stage["start"] = str(Path(begins).resolve())  # without a slash it names a stage of a pipeline
     return str(yaml.safe_dump(located(config) if with_places else config, sort_keys=False, allow_unicode=True))
 
 
