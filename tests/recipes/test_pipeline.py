@@ -100,7 +100,7 @@ def test_a_story_from_start_to_page(tmp_path: Path):
     (tmp_path / "story.yaml").write_text(yaml.safe_dump(STORY))
     result = CliRunner().invoke(app, ["run", str(tmp_path / "story.yaml"), "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
-    assert re.search(r"sim: 1 calls, distance [\d.e+]+, class agreement", result.output)
+    assert re.search(r"sim: 1 call, distance [\d.e+]+, class agreement", result.output)
     for stage in STORY["stages"]:
         assert (tmp_path / "run" / stage / "report.html").exists()
         assert list((tmp_path / "run" / stage / "model").iterdir())

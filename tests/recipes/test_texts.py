@@ -96,10 +96,17 @@ def test_a_run_distils_it(name: str, lora: int | None, tmp_path: Path) -> None:
     x = drawn.draw(rows)
     assert drawn.pixels(x).shape == (6, 8, 8, 3)
     assert torch.isfinite(x).all()
+    if lora:
+        assert "python/object" not in (model / "README.md").read_text()
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    again = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before, "what is finished is not done twice"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "load_student" in page
     assert "nobody judges" in page
     assert page.count('class="grid"') + page.count("<figure") >= 2
+    assert "dmd: 1 call" in result.output
     assert "nan" not in result.output
 
 

@@ -137,8 +137,9 @@ class DiffusersFolder(ModelBuilder):
 
     def _load(self, cls: Any, folder: Path) -> Any:
         model, report = cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=self._type
-        )
+            str(folder),  # peft writes it into a model card, where a `Path` would be a Python object
+            use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=self._type,
+        )  # fmt: skip
         lost = sorted(report["missing_keys"])
         if lost:  # the library would go on with random numbers in these places
             raise DataError(f"`{self.path}` lacks {len(lost)} tensors of its {cls.__name__}, such as `{lost[0]}`.")

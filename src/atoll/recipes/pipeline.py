@@ -181,7 +181,9 @@ class StageRun:
         from atoll.recipes.pipeline_report import write_pipeline_report
 
         if isinstance(self.chosen, Distil):
-            return self._distil(self.folder, self.chosen)
+            summary = finished(self.folder) or self._distil(self.folder, self.chosen)
+            say("", summary)
+            return summary
         summaries: dict[str, Any] = {}
         for name, stage in self.chosen.stages.items():
             folder = self.folder / name
