@@ -53,9 +53,8 @@ def print_made(s: dict[str, Any]) -> None:
     for j in s["judged"]:
         m = j["metrics"]
         quality = f"distance {m['fid']:.3g}, class agreement {m['agreement']:.1%}, " if m.get("fid") is not None else ""
-        print(
-            f"        {j['way']}: {j['calls']} {'call' if j['calls'] == 1 else 'calls'}, {quality}{m['cpu_seconds_per_1000']:.2g} s for 1,000"
-        )
+        calls = f"{j['calls']} {'call' if j['calls'] == 1 else 'calls'}"
+        print(f"        {j['way']}: {calls}, {quality}{m['cpu_seconds_per_1000']:.2g} s for 1,000")
     print(f"        {s['steps']:,} steps, {s['cpu_seconds']:.1f} s of processor time")
 
 
