@@ -114,7 +114,8 @@ def generators(found: list[dict[str, Any]]) -> list[str]:
     tables: dict[str, dict[str, tuple[int, tuple[int, float], str]]] = {}
     for r in found:
         for arm, a in r["arms"].items():
-            recipe = {k: v for k, v in a["recipe"].items() if k not in ("name", "seed", "calls")}
+            # what is off counts for nothing: a record may be older than a field
+            recipe = {k: v for k, v in a["recipe"].items() if v and k not in ("name", "seed", "calls")}
             key = json.dumps([recipe, a["seeds"][0]["calls"]], sort_keys=True)
             rows = tables.setdefault(_described(a["recipe"]["data"]), {})
             if key not in rows or len(a["seeds"]) > rows[key][0]:
