@@ -215,14 +215,16 @@ def _reached(claim: Claim, value: float, higher: bool) -> bool:
 
 
 def _commit() -> str:
-    """Short name of the code's commit, with ``-dirty`` where files were changed since; empty outside git."""
-    here = Path(__file__).parent
+    """Short name of the code's commit, with ``-dirty`` where the package was changed since; empty outside git."""
+    package = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        describe = ["git", "describe", "--always", f"--dirty={DIRTY}", "--exclude=*"]
-        out = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True)
+        return git("rev-parse", "--short", "HEAD") + (DIRTY if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return out.stdout.strip()
 
 
 def machine() -> dict[str, Any]:

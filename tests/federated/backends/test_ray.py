@@ -238,7 +238,7 @@ def test_short_visits_share_a_call_and_their_fates_are_their_own(run, crew, monk
 
     monkeypatch.setattr(backend.RayWorkers, "_call", watched)
     ours = Misbehaving(what, after=1)
-    rows = run(Method(local=ours), rounds=2, backend=crew, timeout=0.4 if what == "stuck" else None)
+    rows = run(Method(local=ours), rounds=2, backend=crew, timeout=2.0 if what == "stuck" else None)
     plain = run(Method(local=replace(ours, what="nothing" if what == "nothing" else "raise")), rounds=2)
     assert max(together) > 1
     assert [list(r.refused) for r in rows] == [list(r.refused) for r in plain]
