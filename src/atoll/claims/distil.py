@@ -17,7 +17,8 @@ from atoll.core.errors import RunError
 from atoll.core.files import user_cache
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.trainer import Trainer
-from atoll.recipes.distil import Distil, Ready, prepare, read_distil, trainer_of
+from atoll.recipes.distil import Distil, read_distil
+from atoll.recipes.distil_ready import Ready, prepare, trainer_of
 from atoll.recipes.recipe import Recipe, read_recipe, recipe_config
 from atoll.recipes.run import finished, reopen, start
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from atoll.cli.app import Changes, Json, Trust, app, trusting
-from atoll.cli.going import free, go, stop_on_term
-from atoll.cli.said import print_plan
+from atoll.cli.following import free, go, stop_on_term
+from atoll.cli.printing import print_plan
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from atoll.cli.app import Changes, Json, Reference, Trust, app, claim_app, data_app, trusting
-from atoll.cli.said import print_card, print_table
+from atoll.cli.printing import print_card, print_table
 
 
 @app.command()

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from atoll.cli.app import Changes, Json, PythonRecipe, Reference, Trust, app, trusting
-from atoll.cli.going import free, go, go_stages, show_run, show_stages, stop_on_term
-from atoll.cli.said import print_making, print_plan
+from atoll.cli.following import free, go, go_stages, show_run, show_stages, stop_on_term
+from atoll.cli.printing import print_making, print_plan
 
 
 @app.command()

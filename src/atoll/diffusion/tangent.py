@@ -29,7 +29,7 @@ def jvp_tangent(
                     warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, about how it loads its rules
                     found = torch.func.jvp(function, inputs, along)
                 return found[0], found[1]
-            except RuntimeError as e:  # NotImplementedError is one
+            except RuntimeError as e:  # also what PyTorch raises where a rule is missing
                 if not any(word in str(e) for word in ("forward AD", "forward mode", "forward-mode", "jvp")):
                     raise
         return differences(function, inputs, along)

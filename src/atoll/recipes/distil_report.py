@@ -18,7 +18,7 @@ from atoll.diffusion.student import NAME as STUDENT
 from atoll.recipes.charts import Series, line_chart
 from atoll.recipes.page import capital, charts, figure, label, table, tile, whole_page
 from atoll.recipes.pictures import gallery, sample_figures
-from atoll.recipes.words import count, duration, number, plain
+from atoll.recipes.words import calls, count, duration, number, plain
 
 NAME = "report.html"
 SHOWN = ("fid", "precision", "recall", "agreement", "diversity")
@@ -101,10 +101,11 @@ def verdict(made: Made) -> str:
     said = [f"<b>{method}</b> made a generator for <b>{e(str(made.start.get('data')))}</b>"]
     if student is not None:
         m = student["metrics"]
-        calls = f"<b>{count(student['calls'])} {'call' if student['calls'] == 1 else 'calls'}</b> a sample"
-        said.append(f" that needs {calls}{_quality(m, ': distance', ', class agreement')}.")
+        said.append(
+            f" that needs <b>{calls(student['calls'])}</b> a sample{_quality(m, ': distance', ', class agreement')}."
+        )
     if student is not None and best is not None:
-        said.append(f" Its teacher's best way of sampling needs <b>{count(best['calls'])} calls</b>")
+        said.append(f" Its teacher's best way of sampling needs <b>{calls(best['calls'])}</b>")
         said.append(f"{_quality(best['metrics'], ' for a distance of', ' and an agreement of')}.")
         faster = _seconds(best) / _seconds(student)
         if math.isfinite(faster):

@@ -17,7 +17,9 @@ import yaml
 from atoll.core.build import describe, schema
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_atomic
-from atoll.recipes.distil import Distil, DistilRun, foresee_making, prepare, read_distil
+from atoll.recipes.distil import Distil, read_distil
+from atoll.recipes.distil_ready import foresee_making, prepare
+from atoll.recipes.distil_run import DistilRun
 from atoll.recipes.recipe import Recipe, edit, from_python, load_recipe, located, read_recipe, read_yaml, recipe_schema
 from atoll.recipes.run import Run, finished, reopen
 from atoll.recipes.run import start as start_run

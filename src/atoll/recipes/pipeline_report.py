@@ -17,7 +17,7 @@ from atoll.recipes.record import Record, read_record
 from atoll.recipes.sections.cost import cost
 from atoll.recipes.sections.learning import learning
 from atoll.recipes.sections.sites import across
-from atoll.recipes.words import MISSING, count, duration, metric_text, number, plain, size
+from atoll.recipes.words import MISSING, calls, count, duration, metric_text, number, plain, size
 
 if TYPE_CHECKING:
     from atoll.recipes.pipeline import Pipeline
@@ -110,7 +110,7 @@ def _made(made: distil_report.Made) -> list[str]:
     student, best = distil_report.student_and_best(made)
     result = MISSING
     if student is not None:
-        result = f"{_distance(student)}{count(student['calls'])} {'call' if student['calls'] == 1 else 'calls'}"
+        result = f"{_distance(student)}{calls(student['calls'])}"
         if best is not None:
             result += f"; teacher {_distance(best)}{count(best['calls'])}"
     seconds = duration(number((made.end or {}).get("seconds")))

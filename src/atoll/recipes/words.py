@@ -37,6 +37,10 @@ def count(value: float) -> str:
     return _odd(value) or f"{value:,.0f}"
 
 
+def calls(n: int) -> str:
+    return f"{count(n)} {'call' if n == 1 else 'calls'}"
+
+
 def percent(value: float) -> str:
     return _odd(value) or f"{100 * value:.1f} %"
 

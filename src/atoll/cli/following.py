@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from atoll.cli.said import print_made, print_plan, print_summary
+from atoll.cli.printing import print_made, print_plan, print_summary
 
 if TYPE_CHECKING:
     from atoll.federated.ledger import Row

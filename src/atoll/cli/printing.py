@@ -50,11 +50,12 @@ def print_summary(s: dict[str, Any]) -> None:
 
 
 def print_made(s: dict[str, Any]) -> None:
+    from atoll.recipes.words import calls
+
     for j in s["judged"]:
         m = j["metrics"]
         quality = f"distance {m['fid']:.3g}, class agreement {m['agreement']:.1%}, " if m.get("fid") is not None else ""
-        calls = f"{j['calls']} {'call' if j['calls'] == 1 else 'calls'}"
-        print(f"        {j['way']}: {calls}, {quality}{m['cpu_seconds_per_1000']:.2g} s for 1,000")
+        print(f"        {j['way']}: {calls(j['calls'])}, {quality}{m['cpu_seconds_per_1000']:.2g} s for 1,000")
     print(f"        {s['steps']:,} steps, {s['cpu_seconds']:.1f} s of processor time")
 
 
