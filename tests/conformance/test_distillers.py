@@ -24,10 +24,10 @@ from atoll.diffusion.latent_reward import LatentReward
 from atoll.diffusion.pairs import TeacherPairStore, TrajectoryStore
 from atoll.diffusion.rewards import InkFraction
 from atoll.diffusion.solvers import Sampler
-from atoll.diffusion.student import describe_student, load_student, save_description
+from atoll.diffusion.student import load_student, save_student
 from atoll.diffusion.teacher import make_denoiser
 from atoll.diffusion.trainer import Trainer
-from atoll.models.export import about_model, save_model
+from atoll.models.export import about_model
 from atoll.models.unet import UNet
 
 METHODS = names_in(Distiller.package, Distiller)
@@ -138,9 +138,8 @@ def test_a_saved_student_draws_the_same(name: str, tmp_path: Path) -> None:
     trainer = trained(name)
     method, teacher, work, nets = trainer.method, trainer.teacher, trainer.work, trainer.nets
     info = Digits().load().train.info
-    save_model(nets.get("student_ema", nets["student"]), tmp_path, {})
     builder = about_model(UNet(width=8), info, 10, 0, AsDenoiser("edm", 0.5))
-    save_description(tmp_path, describe_student(method, info, 0.5, teacher.classes, builder))
+    save_student(tmp_path, method, nets, teacher, info, 0.5, builder, {})
 
     student = load_student(tmp_path)
     assert describe(student.method) == describe(method)

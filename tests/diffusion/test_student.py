@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from atoll.core.errors import DataError
+from atoll.core.files import write_json
 from atoll.data.sources.digits import Digits
 from atoll.diffusion.as_denoiser import AsDenoiser
 from atoll.diffusion.methods.sim import SIM
-from atoll.diffusion.student import NAME, describe_student, load_student, save_description
+from atoll.diffusion.student import NAME, describe_student, load_student
 from atoll.diffusion.teacher import make_denoiser
 from atoll.models.export import about_model, save_model
 from atoll.models.unet import UNet
@@ -22,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     info = Digits().load().train.info
     save_model(make_denoiser(UNet(width=8), info, 0), tmp_path, {})
     builder = about_model(UNet(width=8), info, 10, 0, AsDenoiser("edm", 0.5))
-    save_description(tmp_path, describe_student(SIM(), info, 0.5, 10, builder))
+    write_json(tmp_path / NAME, describe_student(SIM(), info, 0.5, 10, builder))
     return tmp_path
 
 

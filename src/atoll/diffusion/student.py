@@ -21,13 +21,14 @@ from atoll.core.build import Reader, describe
 from atoll.core.errors import DataError
 from atoll.core.files import write_json
 from atoll.core.streams import stream
+from atoll.core.tree import named_tensors
 from atoll.data.dataset import Info
 from atoll.diffusion.denoiser import Denoiser
-from atoll.diffusion.diffusers_model import load_denoiser, with_adapter
-from atoll.diffusion.distiller import Conditions, Distiller, Work
+from atoll.diffusion.diffusers_model import load_denoiser, savable, save_denoiser, with_adapter
+from atoll.diffusion.distiller import Conditions, Distiller, Nets, Work
 from atoll.diffusion.evaluate import as_pixels
 from atoll.models.diffusers_folder import holds_diffusers
-from atoll.models.export import build_described
+from atoll.models.export import ABOUT, build_described, save_model
 from atoll.models.weights import load_weights, read_weights
 
 NAME = "student.json"
@@ -95,8 +96,39 @@ def describe_student(
     }  # fmt: skip
 
 
-def save_description(folder: Path, facts: Mapping[str, Any]) -> None:
-    write_json(folder / NAME, dict(facts))
+def save_student(
+    folder: Path, method: Distiller, nets: Nets, teacher: Denoiser, info: Info, sigma_data: float,
+    built: Mapping[str, Any] | None, facts: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write a student so that it draws again: in diffusers' and peft's formats what is theirs, networks of our own with
+    the facts that let them load alone. A method without a student leaves nothing.
+
+    Args:
+        nets: by role.
+        teacher: that it was made from.
+        info: of the rows that are made.
+        built: facts of ``about_model`` that build the teacher; None where only its checkpoint says.
+        facts: more of them, for ``model.json``.
+    """
+    student: Any = nets.get("student_ema", nets.get("student"))
+    if student is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NAME, describe_student(method, info, sigma_data, teacher.classes, built))
+    if isinstance(student, Denoiser) and savable(student):
+        save_denoiser(student, folder)
+        return
+    known = built if built and named_tensors(student).keys() == named_tensors(teacher).keys() else {}
+    save_model(student, folder, {"calls": list(method.few), **facts, **known})
+
+
+def facts_of(folder: Path | str) -> dict[str, Any] | None:
+    """What built the model in a folder; None of a checkpoint, which says it itself."""
+    about = Path(folder) / ABOUT
+    if not about.exists():
+        return None
+    held = json.loads(about.read_text(encoding="utf-8"))
+    return {k: held[k] for k in ("builder", "wrapper", "data", "outputs", "seed") if k in held}
 
 
 def load_student(folder: Path | str, teacher: Denoiser | None = None) -> Student:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Gt
 from torch import nn
 
@@ -43,6 +44,26 @@ def make_denoiser(
         raise DataError(f"{type(network).__name__} does not take a noise level; choose `unet` or `dit` as the model.")
     classes = info.num_classes or 1
     return AsDenoiser(kind, sigma_data)(build_model(network, info, classes, seed), classes)
+
+
+def expect_fits(teacher: Denoiser, info: Info) -> None:
+    """Raise :class:`DataError` when a denoiser makes no rows like those of the data, class by class."""
+    if teacher.classes is None or teacher.classes < (info.num_classes or 1):
+        told = "embeddings" if teacher.classes is None else f"{teacher.classes} classes"
+        raise DataError(
+            f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; for a model of texts, give "
+            "its encoder's answers in `texts`."
+        )
+    x = torch.zeros(1, *info.shape)
+    try:
+        with torch.no_grad():
+            teacher.cpu()
+            same = teacher(x, teacher.schedule.time(torch.ones(1)), torch.zeros(1, dtype=torch.int64)).shape == x.shape
+    except (RuntimeError, ValueError):
+        same = False
+    if not same:
+        rows = " x ".join(map(str, info.shape))
+        raise DataError(f"The teacher does not make rows of {rows}, which `{info.name}` has; choose other data.")
 
 
 @dataclass(frozen=True, kw_only=True)

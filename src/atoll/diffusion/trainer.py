@@ -55,6 +55,7 @@ class Trainer:
         cooldown: share of the run, at its end, over which all step sizes fall to nothing: what a fixed step size
             jitters about is settled (Hagele et al., 2024, arXiv 2405.18392).
         save_every: seconds between checkpoints.
+        roles: the method's networks, where they are there already; None makes them.
     """
 
     method: Distiller
@@ -66,6 +67,7 @@ class Trainer:
     compiled: bool = False
     cooldown: float = 0.0
     save_every: float = 30.0
+    roles: dict[str, Role] = field(default_factory=dict)
     step: int = 0
     bill: Bill = field(default_factory=Bill)
 
@@ -76,8 +78,9 @@ class Trainer:
                 "or give it public or generated rows."
             )
         self.teacher.to(self.work.device).eval().requires_grad_(False)
-        with seeded(self.work.seed, "distil", "weights"):
-            self.roles: dict[str, Role] = self.method.roles(self.teacher, self.work)
+        if not self.roles:
+            with seeded(self.work.seed, "distil", "weights"):
+                self.roles = self.method.roles(self.teacher, self.work)
         for role in self.roles.values():
             role.module.to(self.work.device)
             if role.lr is None:

@@ -253,6 +253,8 @@ def _with_data(m: Method, task: Any, federation: Any) -> Iterator[str]:
             "ones; give one model, or use a method that exchanges predictions such as edgefd."
         )
     yield from _networks(task, keys)
+    if getattr(task, "alternates", False) and not m.local.alternates:
+        yield f"{name(m.local)} descends one loss, and the networks of {name(task)} take turns; use `distil_at_sites`."
     for part in (m.combine, m.server):
         if part.needs_public_data and (federation.public is None or len(federation.public) == 0):
             yield f"{name(part)} needs public data at the server; give the data a `public` fraction."

@@ -231,12 +231,14 @@ class LocalWork(Protocol):
            epsilon              what a run spends of privacy at the site already, or None
            epsilon_of           of what: each training row, unless it says so
            tells                a message's facts speak of the data too, where no noise reaches
+           alternates           knows tasks whose networks take turns, each with a loss of its own
     """
 
     package: ClassVar[str] = "atoll.federated.local"
     produces: ClassVar[str] = "delta"
     synchronous_only: ClassVar[bool] = False
     tells: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
 
     @property
     def data_dependent_size(self) -> bool:

@@ -15,7 +15,7 @@ from atoll.data.dataset import Info
 from atoll.diffusion.denoiser import Denoiser
 from atoll.diffusion.diffusers_model import adapted, load_denoiser
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
-from atoll.diffusion.teacher import make_denoiser
+from atoll.diffusion.teacher import expect_fits, make_denoiser
 from atoll.diffusion.trainer import Trainer
 from atoll.models.diffusers_net import DiffusersNet
 from atoll.recipes.distil import Distil, described
@@ -70,7 +70,7 @@ def prepare(recipe: Distil) -> Ready:
         rows = recipe.data.load().train
         images = Images(rows.select(range(recipe.limit)) if recipe.limit and recipe.limit < len(rows) else rows)
         teacher = load_denoiser(recipe.start) if recipe.start else recipe.teacher.denoiser(images, device)
-        _fits(teacher, images)
+        expect_fits(teacher, rows.info)
         shape, conditions = rows.info.shape, Conditions.classes(rows.info.num_classes or 1)
     given = images if recipe.method.needs == "images" else None
     build = _adapted(teacher.to(device), recipe.lora, recipe.seed)
@@ -111,27 +111,6 @@ def _adapted(teacher: Denoiser, rank: int | None, seed: int) -> Callable[[], Den
     return lambda: adapted(teacher, rank, seed=seed)
 
 
-def _fits(teacher: Denoiser, images: Images) -> None:
-    """Raise :class:`RunError` when the teacher makes no rows like those of the data."""
-    info = images.data.info
-    if teacher.classes is None or teacher.classes < (info.num_classes or 1):
-        told = "embeddings" if teacher.classes is None else f"{teacher.classes} classes"
-        raise RunError(
-            f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; for a model of texts, give "
-            "its encoder's answers in `texts`."
-        )
-    x = torch.zeros(1, *info.shape)
-    try:
-        with torch.no_grad():
-            teacher.cpu()
-            same = teacher(x, teacher.schedule.time(torch.ones(1)), torch.zeros(1, dtype=torch.int64)).shape == x.shape
-    except (RuntimeError, ValueError):
-        same = False
-    if not same:
-        rows = " x ".join(map(str, info.shape))
-        raise RunError(f"The teacher does not make rows of {rows}, which `{info.name}` has; choose other data.")
-
-
 def trainer_of(ready: Ready, folder: Path | None = None) -> Trainer:
     """What trains the student, for as many steps as the recipe says or its budget pays for."""
     r = ready.recipe
@@ -151,8 +130,8 @@ def steps_of(recipe: Distil, trainer: Trainer) -> int:
     return max(1, int(recipe.budget * 1e12 / each)) if each else 0
 
 
-def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str, Any]:
-    """Steps, operations and size of a stage; nothing is trained, so a teacher that does not exist yet has random
+def foresee_making(recipe: Distil) -> dict[str, Any]:
+    """Steps, operations and size of a stage; nothing is trained, so a teacher that would be trained here has random
     weights. ``flops`` is None for methods that first make samples of the teacher."""
     if recipe.texts is not None:
         teacher, shape, conditions = _told_texts(recipe, recipe.texts)
@@ -160,9 +139,8 @@ def foresee_making(recipe: Distil, teacher: Denoiser | None = None) -> dict[str,
     else:
         rows = recipe.data.load().train
         images, info = Images(rows), rows.info
-        if teacher is None and recipe.start:
-            teacher = load_denoiser(recipe.start)
-        teacher = teacher or make_denoiser(recipe.teacher.model, info, 0, recipe.teacher.kind)
+        own = recipe.teacher
+        teacher = load_denoiser(recipe.start) if recipe.start else make_denoiser(own.model, info, 0, own.kind)
         work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
     trainer = Trainer(recipe.method, teacher, work, recipe.steps or COUNTED)
     steps, flops = recipe.steps, None

@@ -15,14 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from atoll.core.files import read_json_lines, write_atomic
-from atoll.core.tree import named_tensors
 from atoll.diffusion.as_denoiser import AsDenoiser
-from atoll.diffusion.denoiser import Denoiser
-from atoll.diffusion.diffusers_model import savable, save_denoiser
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
-from atoll.diffusion.student import describe_student, save_description
+from atoll.diffusion.student import facts_of, save_student
 from atoll.diffusion.trainer import Trainer
-from atoll.models.export import ABOUT, about_model, save_model
+from atoll.models.export import about_model
 from atoll.recipes.distil import described
 from atoll.recipes.distil_ready import Ready, trainer_of
 from atoll.recipes.pictures import keep_samples
@@ -98,36 +95,16 @@ class DistilRun:
         return out
 
     def _export(self, trainer: Trainer) -> None:
-        """Diffusers' and peft's formats for what is theirs; our own networks with the facts that let them load
-        alone."""
-        nets: Mapping[str, Any] = trainer.nets
-        student, recipe, folder = nets.get("student_ema", nets.get("student")), self.ready.recipe, self.folder / "model"
-        if student is None:
-            return
-        facts: dict[str, Any] = {"method": described(recipe.method), "calls": list(recipe.method.few)}
-        folder.mkdir(parents=True, exist_ok=True)
-        teacher, ready = self._builder(), self.ready
-        save_description(
-            folder, describe_student(recipe.method, ready.info, ready.sigma_data, ready.teacher.classes, teacher)
-        )
-        if isinstance(student, Denoiser) and savable(student):
-            save_denoiser(student, folder)
-            return
-        if named_tensors(student).keys() == named_tensors(ready.teacher).keys():
-            facts |= teacher or {}
-        save_model(student, folder, facts)
-
-    def _builder(self) -> dict[str, Any] | None:
-        """What built the teacher, and so the student; None of a checkpoint, which says it itself."""
-        recipe = self.ready.recipe
+        ready, recipe = self.ready, self.ready.recipe
         if recipe.start:
-            if not (Path(recipe.start) / ABOUT).exists():
-                return None
-            about = json.loads((Path(recipe.start) / ABOUT).read_text(encoding="utf-8"))
-            return {k: about[k] for k in ("builder", "wrapper", "data", "outputs", "seed") if k in about}
-        t, info = recipe.teacher, self.ready.info
-        wrapper = AsDenoiser(t.kind, self.ready.sigma_data)
-        return about_model(t.model, info, info.num_classes or 1, t.seed, wrapper)
+            built = facts_of(recipe.start)
+        else:
+            t, info = recipe.teacher, ready.info
+            built = about_model(t.model, info, info.num_classes or 1, t.seed, AsDenoiser(t.kind, ready.sigma_data))
+        save_student(
+            self.folder / "model", recipe.method, trainer.nets, ready.teacher, ready.info, ready.sigma_data, built,
+            {"method": described(recipe.method)},
+        )  # fmt: skip
 
     def _start(self, trainer: Trainer) -> dict[str, Any]:
         ready = self.ready

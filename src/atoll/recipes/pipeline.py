@@ -7,6 +7,7 @@ one where it wants its model (``start: generator``).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from atoll.core.build import describe, schema
+from atoll.core.build import Deferred, describe, schema
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_atomic
 from atoll.recipes.distil import Distil, read_distil
@@ -64,16 +65,33 @@ def read_pipeline(value: Mapping[str, Any], where: str = "recipe") -> Pipeline:
         except RecipeError as e:
             problems += [f"stage `{name}`: {p}" for p in e.problems]
             continue
-        made: Any = read[str(name)]
+        made = read[str(name)]
         before = list(map(str, stages))[: list(stages).index(name)]
-        if isinstance(made, Distil) and made.start and "/" not in made.start and made.start not in before:
-            problems.append(f"stage `{name}`: `start` names no earlier stage.{did_you_mean(made.start, before)}")
+        begins = start_of(made)
+        if begins and "/" not in begins and begins not in before:
+            problems.append(f"stage `{name}`: `start` names no earlier stage.{did_you_mean(begins, before)}")
     if problems:
         raise RecipeError(problems, where)
     return Pipeline(str(value.get("name", "run")), read)
 
 
 TOP = ("name", "shared", "stages")
+
+
+def start_of(stage: Stage) -> str | None:
+    """The folder or the earlier stage whose model a stage begins with."""
+    if isinstance(stage, Distil):
+        return stage.start
+    task: Any = stage.task
+    return str(task.arguments.get("start", "")) or None if isinstance(task, Deferred) else None
+
+
+def starting(stage: Stage, folder: Path) -> Stage:
+    """The stage with a model's folder in the place of an earlier stage's name."""
+    if isinstance(stage, Distil):
+        return replace(stage, start=str(folder))
+    task: Any = stage.task
+    return replace(stage, task=replace(task, arguments={**task.arguments, "start": str(folder)}))
 
 
 def _read_stage(name: str, own: Any, shared: Mapping[str, Any]) -> Stage:
@@ -158,13 +176,27 @@ def foreseen(chosen: Recipe | Distil | Pipeline) -> dict[str, Any]:
 
 
 def _foreseen(stage: Stage, stages: Mapping[str, Stage]) -> Any:
+    earlier = stages.get(start_of(stage) or "")
+    if not isinstance(earlier, Recipe):
+        return foreseen(stage)[""]
+    with tempfile.TemporaryDirectory() as folder:  # what will be there, untrained
+        _untrained(earlier, stages, Path(folder))
+        return foreseen(starting(stage, Path(folder)))[""]
+
+
+def _untrained(stage: Recipe, stages: Mapping[str, Stage], folder: Path) -> None:
+    """Write the model that a stage will have made, with the weights that it begins with."""
+    from atoll.recipes.run import export_model
     from atoll.recipes.run import prepare as prepare_run
 
-    earlier = stages.get(stage.start or "") if isinstance(stage, Distil) else None
-    if isinstance(stage, Distil) and isinstance(earlier, Recipe):
-        teacher: Any = prepare_run(earlier).setup.task.model(0)
-        return foresee_making(stage, teacher)
-    return foreseen(stage)[""]
+    earlier = stages.get(start_of(stage) or "")
+    if isinstance(earlier, Recipe):
+        _untrained(earlier, stages, folder / "before")
+        changed = starting(stage, folder / "before")
+        assert isinstance(changed, Recipe)
+        stage = changed
+    setup = prepare_run(stage).setup
+    export_model(setup.task.model(stage.seed), folder, stage, setup, None)
 
 
 @dataclass
@@ -220,9 +252,10 @@ class StageRun:
         return write_pipeline_report(self.folder, self.chosen)
 
     def _stage(self, name: str, folder: Path, stage: Stage, say: Any, on_row: Any) -> dict[str, Any]:
+        begins = start_of(stage)
+        if begins and begins in getattr(self.chosen, "stages", {}):
+            stage = starting(stage, (self.folder / begins / "model").resolve())
         if isinstance(stage, Distil):
-            if stage.start and stage.start in getattr(self.chosen, "stages", {}):
-                stage = replace(stage, start=str(self.folder / stage.start / "model"))
             say(name, stage)
             return self._distil(folder, stage)
         from atoll.data.picture import partition_svg

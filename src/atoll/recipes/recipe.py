@@ -299,7 +299,8 @@ def located(value: Any, field_name: str = "") -> Any:
     """The same with each relative path to something that exists made absolute: good from any folder."""
     if isinstance(value, dict):
         return {k: located(v, k) for k, v in value.items()}
-    if field_name in PATHS and isinstance(value, str) and Path(value).exists():
+    a_path = field_name in PATHS or (field_name == "start" and "/" in str(value))  # else it names a stage
+    if a_path and isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value
 

@@ -239,6 +239,9 @@ def export_model(model: Any, folder: Path, recipe: Recipe, setup: Setup, site: i
     """Write a model with the facts that let it load alone."""
     task: Any = setup.task
     facts: dict[str, Any] = {"method": setup.method.card.name}
+    if hasattr(task, "save"):
+        task.save(model, folder, facts)
+        return
     if hasattr(task, "network"):  # a task of your own may build its model in its own way
         builder = setup.method.share.exported(network_at(site, task.network, task.site_networks), model)
         wrapper = getattr(task, "wrapper", None)

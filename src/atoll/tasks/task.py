@@ -44,6 +44,8 @@ class Task(Protocol):
     higher_is_better: ClassVar[bool]
     denoises: ClassVar[bool] = False
     """Its networks see noisy rows, times and classes; see ``ModelBuilder.denoises``."""
+    alternates: ClassVar[bool] = False
+    """Its model is several networks that take turns, each with a loss of its own: local work has to know."""
 
     @property
     def wrapper(self) -> Wrapper | None:

@@ -30,6 +30,10 @@ class Around(LocalWork):
         return self.inner.tells
 
     @property
+    def alternates(self) -> bool:  # type: ignore[override]
+        return self.inner.alternates
+
+    @property
     def data_dependent_size(self) -> bool:
         return self.inner.data_dependent_size
 

@@ -1,0 +1,61 @@
+"""Steps of a distillation on one's own rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from atoll.core.message import Message
+from atoll.core.tree import sub
+from atoll.diffusion.distillation import Distillation
+from atoll.diffusion.distiller import Conditions, Images, Work
+from atoll.diffusion.trainer import Trainer
+from atoll.federated.method import LocalWork
+from atoll.federated.visit import Cost, Result, Visit
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilSteps(LocalWork):
+    """Each network takes its turns as in a training in one place; the optimisers start afresh in every visit. Samples
+    are asked for as often of each class as the site has rows of it: of a class that it has never seen, a discriminator
+    here would learn that it is false.
+
+    Args:
+        steps: of a visit; each is one round of the method's turns.
+        batch: rows and samples per loss.
+        rounds: how many visits a run has: what the method schedules over a run is spread over them.
+        cooldown: share of them, at the end, over which all step sizes fall to nothing.
+        precision: ``bf16`` computes the networks in bfloat16.
+    """
+
+    steps: Annotated[int, Ge(1)] = 20
+    batch: Annotated[int, Ge(1)] = 128
+    rounds: Annotated[int, Ge(1)] = 10
+    cooldown: Annotated[float, Ge(0), Le(1)] = 0.3
+    precision: Literal["float32", "bf16"] = "float32"
+    produces: ClassVar[str] = "delta"
+    alternates: ClassVar[bool] = True
+
+    def run(self, visit: Visit) -> Result:
+        made: Distillation = visit.model  # type: ignore[assignment]
+        rows = visit.data.train
+        if len(rows) and not visit.dry:
+            y = rows.column("y") if rows.info.num_classes and "y" in rows.columns else torch.zeros(1).long()
+            work = Work(
+                rows.info.shape, Conditions(y), Images(rows, made.teacher.sigma_data),
+                visit.stream("distil").initial_seed(), self.batch, visit.device,
+            )  # fmt: skip
+            whole = self.steps * self.rounds
+            trainer = Trainer(
+                made.method, made.teacher, work, whole, precision=self.precision, cooldown=self.cooldown,
+                roles=made.roles, step=min(visit.round * self.steps, whole - self.steps),
+            )  # fmt: skip
+            for _ in range(self.steps):
+                trainer.once()
+        delta: dict[str, Tensor] = sub(visit.shared(), visit.replica.get("weights", {}))
+        passes = float(self.steps * self.batch) if len(rows) else 0.0
+        return Result(Message("delta", {"delta": delta}), cost=Cost(passes, passes))

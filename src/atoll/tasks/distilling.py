@@ -1,0 +1,141 @@
+"""Distilling: sites turn a many-step generator into a fast one on rows that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from atoll.core.errors import DataError
+from atoll.core.streams import stream
+from atoll.data.dataset import Dataset, Info
+from atoll.diffusion.diffusers_model import adapted, load_denoiser
+from atoll.diffusion.distillation import Distillation
+from atoll.diffusion.distiller import Conditions, Distiller, Draw, Images, Work, usual
+from atoll.diffusion.student import facts_of, save_student
+from atoll.diffusion.teacher import expect_fits
+from atoll.models.model import ModelBuilder, seeded
+from atoll.models.unet import UNet
+from atoll.tasks.task import Batch, Task, evaluating
+
+
+@dataclass(frozen=True)
+class Distilling(Task):
+    """A student of a generator that is there already, class by class.
+
+    Its networks take turns, each with a loss of its own, so the local work has to be that of ``distil_at_sites``.
+    Methods that need no images can do without any site: ``stage: distil``.
+
+    Args:
+        info: of the data.
+        network, site_networks: not used: the student is built like its teacher.
+        start: folder of the teacher, which every site has: of a run, or a checkpoint of diffusers; in a recipe of
+            stages, the name of an earlier one.
+        method: how the student is made.
+        lora: rank of the adapters that alone are trained, on the teacher, and alone travel; None trains all weights.
+        samples: that an evaluation makes.
+    """
+
+    info: Info
+    network: ModelBuilder = UNet()
+    site_networks: tuple[ModelBuilder, ...] = ()
+    start: str = ""
+    method: Distiller = usual("cd_ct")
+    lora: Annotated[int, Ge(1)] | None = None
+    samples: Annotated[int, Ge(20)] = 500
+    headline: ClassVar[str] = "energy_distance"
+    higher_is_better: ClassVar[bool] = False
+    denoises: ClassVar[bool] = True
+    alternates: ClassVar[bool] = True
+
+    @property
+    def outputs(self) -> int:
+        """How many classes the student is told."""
+        return self.info.num_classes or 1
+
+    @property
+    def sigma_data(self) -> float:
+        return float(self._teacher().sigma_data)
+
+    def model(self, seed: int, site: int | None = None) -> Distillation:
+        teacher = self._teacher()
+        expect_fits(teacher, self.info)
+        rank = self.lora
+        build = None if rank is None else lambda: adapted(teacher, rank, seed=seed)
+        return Distillation(
+            self.method, teacher, Work(self.info.shape, Conditions.classes(self.outputs), seed=seed, build=build)
+        )
+
+    def model_key(self, site: int | None = None) -> object:
+        return self.start
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """A sample of each row's class, in the rows' own units."""
+        made: Distillation = model  # type: ignore[assignment]
+        z = torch.randn(batch["x"].shape).to(batch["x"].device)
+        out: Tensor = made(z, self._classes(batch)) / made.teacher.sigma_data
+        return out
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise DataError("The networks of a distillation have a loss each; use `method: distil_at_sites`.")
+
+    def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The losses of one step's turns on these rows, added up: what is computed in a step, not what is descended."""
+        made: Distillation = model  # type: ignore[assignment]
+        x, y = batch["x"], self._classes(batch)
+        rows = Dataset({"x": x.cpu(), "y": y.cpu()}, self.info)
+        images = Images(rows, made.teacher.sigma_data)
+        work = Work(self.info.shape, Conditions(y.cpu()), images, 0, len(x), str(x.device))
+        draw = Draw(work, torch.Generator(x.device).manual_seed(0), 1, 2)
+        losses = [value for _, turn in self.method.updates(made.nets, draw) for value in turn.values()]
+        return torch.stack([v.float() for v in losses]).sum()
+
+    def evaluate(self, model: nn.Module, data: Dataset) -> dict[str, float]:
+        """``energy_distance``: between rows and as many samples of their classes, on fixed noise, per number; 0 for
+        equal distributions (Szekely and Rizzo, 2013)."""
+        made: Distillation = model  # type: ignore[assignment]
+        rows = torch.arange(0, len(data), max(1, -(-len(data) // self.samples)))
+        with seeded(0, "evaluate"), evaluating(model) as device:
+            batch = data.ready(rows, device)
+            drawn = self.predict(made, batch)
+        return {"energy_distance": energy_distance(drawn.flatten(1), batch["x"].flatten(1))}
+
+    def draw(self, model: nn.Module, per_class: int = 2, seed: int = 0) -> Tensor:
+        """Samples to look at, ``[per_class * classes, ...]``, classes in turn; the same noise whatever the model."""
+        device = next(model.parameters()).device
+        cond = torch.arange(self.outputs).repeat(per_class)
+        z = torch.randn(len(cond), *self.info.shape, generator=stream(seed, "draw"))
+        with seeded(0, "draw"), evaluating(model):
+            out: Tensor = model(z.to(device), cond.to(device))
+        return out.cpu()
+
+    def save(self, model: nn.Module, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Write the student alone, so that it draws again."""
+        made: Distillation = model  # type: ignore[assignment]
+        sigma, built = made.teacher.sigma_data, facts_of(self.start)
+        save_student(folder, self.method, made.nets, made.teacher, self.info, sigma, built, facts)
+
+    def _teacher(self) -> Any:
+        if not self.start:
+            raise DataError("A distillation needs its teacher; name the folder of a denoiser in the task's `start`.")
+        return load_denoiser(self.start)
+
+    def _classes(self, batch: Batch) -> Tensor:
+        if self.info.num_classes and "y" in batch:
+            return batch["y"]
+        return torch.zeros(len(batch["x"]), dtype=torch.int64, device=batch["x"].device)
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """``2 E|a - b| - E|a - a'| - E|b - b'|`` of rows ``[n, d]``, over sqrt(d)."""
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    a, b = a.double(), b.double()
+    n, m = len(a), len(b)
+    within = torch.cdist(a, a).sum() / (n * (n - 1)) + torch.cdist(b, b).sum() / (m * (m - 1))
+    return float((2 * torch.cdist(a, b).mean() - within) / a.shape[1] ** 0.5)
