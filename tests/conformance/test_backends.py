@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from dataclasses import replace
 
@@ -10,26 +9,16 @@ import pytest
 
 import atoll.federated.methods
 from atoll.core.tree import equal
-from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
-from atoll.federated.local.training import Training
 from atoll.federated.select.uniform import Uniform
 
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
-    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
-    "fedkseed": {"steps": 5, "pool": 64},
-    "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
-    "fedbuff": {"k": 2},
-}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_backend_equals_inline(name, run, digits_federation, crew):
-    module = importlib.import_module(f"atoll.federated.methods.{name}")
-    method = getattr(module, name)(**ARGUMENTS.get(name, {}))
+def test_every_backend_equals_inline(name, build, run, digits_federation, crew):
+    method = build(name)
     if method.schedule.synchronous and name != "centralised":
         method = method.but(select=Uniform(count=3))  # partial participation: states and catching up matter
     world = replace(digits_federation, public=digits_federation.test.select(range(100)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pkgutil
 import time
@@ -17,13 +16,11 @@ import atoll.federated.methods
 import atoll.flower
 from atoll.core.message import Message
 from atoll.core.tree import equal
-from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.flower_simulation import FlowerWorkers, start_nodes
 from atoll.federated.backends.inline import Inline
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.top_k import TopK
 from atoll.federated.local.local_sgd import LocalSGD
-from atoll.federated.local.training import Training
 from atoll.federated.method import Backend
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedopt import fedopt
@@ -34,13 +31,6 @@ from atoll.federated.select.uniform import Uniform
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
-    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
-    "fedkseed": {"steps": 5, "pool": 64},
-    "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
-    "fedbuff": {"k": 2},
-}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 
 
@@ -82,15 +72,9 @@ class Rows:
         return self.federation.sites[context.node_config["partition-id"]]
 
 
-def made(name: str) -> Any:
-    if name == "secure":
-        return fedavg().but(secure=SecureSum())
-    return getattr(importlib.import_module(f"atoll.federated.methods.{name}"), name)(**ARGUMENTS.get(name, {}))
-
-
 @pytest.mark.parametrize("name", [*NAMES, "secure"])
-def test_flower_equals_inline(name, run, digits_federation, engine):
-    method = made(name)
+def test_flower_equals_inline(name, build, run, digits_federation, engine):
+    method = fedavg().but(secure=SecureSum()) if name == "secure" else build(name)
     if method.schedule.synchronous and name != "centralised":
         method = method.but(select=Uniform(count=3))  # partial participation: states and catching up matter
     world = replace(digits_federation, public=digits_federation.test.select(range(100)))

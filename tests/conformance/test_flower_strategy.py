@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import pkgutil
 from dataclasses import replace
@@ -14,10 +13,8 @@ import torch
 import atoll.federated.methods
 import atoll.flower
 from atoll.core.errors import AtollError
-from atoll.diffusion.solvers import Sampler
 from atoll.federated.codecs.quantise import Quantise
 from atoll.federated.codecs.top_k import TopK
-from atoll.federated.local.training import Training
 from atoll.federated.methods.centralised import centralised
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedbuff import fedbuff
@@ -31,12 +28,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # 
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},
-    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},
-    "fedkseed": {"steps": 5, "pool": 64},
-    "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},
-}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
 LAST_BITS = {"fedpca"}
 """Here the same to rounding only, which is not explained yet; in Flower's simulation and everywhere else, to the bit."""
@@ -94,8 +85,8 @@ def same(arrays, replica):
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if n not in ("centralised", "fedbuff", "fedinterval", "fedfix", "fed_hh")]
 )
-def test_flowers_loop_equals_inline(name, run, digits_task, digits_federation):
-    method = getattr(importlib.import_module(f"atoll.federated.methods.{name}"), name)(**ARGUMENTS.get(name, {}))
+def test_flowers_loop_equals_inline(name, build, run, digits_task, digits_federation):
+    method = build(name)
     method = method.but(select=Uniform(count=3))
     public = digits_federation.test.select(range(100))
     world = replace(digits_federation, public=public)

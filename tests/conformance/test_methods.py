@@ -1,7 +1,7 @@
 """Every method of the package on digits, with its defaults: what all of them must do.
 
 A new method is found by itself. One that cannot run on a small classifier with its defaults gets a line in
-``ARGUMENTS``, with the reason.
+``conftest.py``, with the reason.
 """
 
 from __future__ import annotations
@@ -18,26 +18,16 @@ import atoll.federated.methods
 from atoll.core.errors import RecipeError
 from atoll.core.message import encoded_size
 from atoll.core.tree import equal
-from atoll.diffusion.solvers import Sampler
 from atoll.federated.backends.inline import Inline
 from atoll.federated.backends.process_pool import ProcessPool
 from atoll.federated.check import problems_of
 from atoll.federated.codecs.quantise import Quantise
-from atoll.federated.local.training import Training
-from atoll.federated.method import Method
 from atoll.federated.schedules.buffered import Buffered
 from atoll.federated.select.uniform import Uniform
 from atoll.federated.topologies.gossip import Gossip
 from atoll.federated.topologies.tree import Tree
 from atoll.federated.visit import Job
 
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "ddm": {"training": Training(epochs=1), "samples": 10, "sampler": Sampler(steps=2), "steps": 3},  # 20 epochs else
-    "fed_hh": {"column": "y", "test_seed": 1, "allow_insecure_test_seed": True},  # its noise would differ in each run
-    "fedadob": {"passports": 2, "test_seed": 1, "allow_insecure_test_seed": True},  # each run would draw others
-    "pacfl": {"test_seed": 1, "allow_insecure_test_seed": True},  # the same
-    "fedkseed": {"steps": 5, "pool": 64},  # 200 steps of two forward passes say no more here
-}
 PAIRS: dict[str, dict[str, object]] = {
     "codec": {"uplink": (Quantise(bits=8),)},
     "schedule": {"schedule": Buffered(k=3)},
@@ -51,11 +41,6 @@ TRAVELS_NOT = {"local_only"}
 # How many rows pass a filter, or prefixes are frequent, depends on the data: a dry visit sends the most it may be.
 AT_MOST = {"edgefd", "fed_hh", "pfedgate"}
 NAMES = sorted(m.name for m in pkgutil.iter_modules(atoll.federated.methods.__path__))
-
-
-def build(name: str) -> Method:
-    module = importlib.import_module(f"atoll.federated.methods.{name}")
-    return getattr(module, name)(**ARGUMENTS.get(name, {}))
 
 
 @pytest.fixture
@@ -74,7 +59,7 @@ def trace(rows):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_rounds(name, run, world):
+def test_two_rounds(name, build, run, world):
     rows = run(build(name), rounds=2, federation=world)
     for row in rows:
         assert row.refused == {}
@@ -95,7 +80,7 @@ def test_two_rounds(name, run, world):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dry_visit_has_the_size_of_a_real_one(name, run, world):
+def test_a_dry_visit_has_the_size_of_a_real_one(name, build, run, world):
     """At a site's first visit and at a later one: what a plan foresees is what the wire carries."""
     for rounds in (1, 2):
         engine = run(build(name), rounds=rounds, federation=world)[-1].engine
@@ -116,7 +101,7 @@ def test_a_dry_visit_has_the_size_of_a_real_one(name, run, world):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("part", PAIRS)
-def test_it_composes_with_the_same_bits_in_the_pool_or_is_refused(name, part, run, world):
+def test_it_composes_with_the_same_bits_in_the_pool_or_is_refused(name, part, build, run, world):
     """Each method with one other part and some of its sites, on two backends."""
     made = build(name).but(**PAIRS[part])
     if problems_of(made):
@@ -140,7 +125,7 @@ def test_it_composes_with_the_same_bits_in_the_pool_or_is_refused(name, part, ru
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_builder_says_what_it_is(name):
+def test_the_builder_says_what_it_is(name, build):
     module = importlib.import_module(f"atoll.federated.methods.{name}")
     builder, made = getattr(module, name), build(name)
     assert made.card == module.CARD

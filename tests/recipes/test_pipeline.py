@@ -44,9 +44,13 @@ ALONE = {
     "stage": "distil", "name": "alone", "teacher": {"steps": 2, "batch": 16, "model": TINY}, "method": "dmd",
     "steps": 8, "batch": 16, "samples": 40, "limit": 400,
 }  # fmt: skip
+AT_SITES = {
+    "task": {"name": "distilling", "start": "generator", "method": "cd_ct", "samples": 20}, "sites": 3, "rounds": 1,
+    "method": {"name": "distil_at_sites", "steps": 1, "batch": 8},
+}  # fmt: skip
 STORY = {
     "name": "story", "shared": {"data": "digits", "limit": 400},
-    "stages": {"generator": GENERATOR, "classifier": {"sites": 3, "rounds": 2}, "one_step": ONE_STEP},
+    "stages": {"generator": GENERATOR, "classifier": {"sites": 3, "rounds": 2}, "one_step": ONE_STEP, "student": AT_SITES},
 }  # fmt: skip
 
 
@@ -74,6 +78,9 @@ def test_all_problems_of_all_stages_are_told_at_once():
         assert said in text, said
     with pytest.raises(RecipeError, match=r"`start` names no earlier stage\. Did you mean `generator`"):
         read_pipeline({**STORY, "stages": {"generator": GENERATOR, "one_step": {**ONE_STEP, "start": "generatr"}}})
+    astray = {**AT_SITES, "task": {**AT_SITES["task"], "start": "generatr"}}
+    with pytest.raises(RecipeError, match=r"`student`: `start` names no earlier stage\. Did you mean `generator`"):
+        read_pipeline({**STORY, "stages": {"generator": GENERATOR, "student": astray}})
     with pytest.raises(RecipeError, match=r"^1 problem"):  # a broken stage is earlier all the same
         read_pipeline({**STORY, "stages": {"generator": {**GENERATOR, "rounds": -1}, "one_step": ONE_STEP}})
     with pytest.raises(RecipeError, match="`stages` must be a mapping"):
@@ -105,8 +112,10 @@ def test_a_story_from_start_to_page(tmp_path: Path):
         assert (tmp_path / "run" / stage / "report.html").exists()
         assert list((tmp_path / "run" / stage / "model").iterdir())
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 4  # the generator before and after, the teacher, the student
-    assert not re.search(r'(src|href)="(?!data:|generator/|classifier/|one_step/)', page)
+    assert (
+        page.count('src="data:image/png;base64,') == 6
+    )  # generator and student of the sites before and after, the teacher, the student
+    assert not re.search(r'(src|href)="(?!data:|generator/|classifier/|one_step/|student/)', page)
     assert "<script>" in page
     for said in ("Generator", "Classifier", "One step", "distance", "0 B"):
         assert said in page, said
@@ -220,7 +229,7 @@ def test_a_teacher_that_does_not_fit_the_data_is_refused(tmp_path: Path):
     start_stages(read_distil({**ALONE, "steps": 0}), tmp_path / "run").go()
     wine = {"name": "sklearn_table", "table": "wine"}
     wrong = read_distil({**ALONE, "start": str(tmp_path / "run" / "model"), "data": wine, "limit": None})
-    with pytest.raises(RunError, match="does not make rows of 13"):
+    with pytest.raises(DataError, match="does not make rows of 13"):
         start_stages(wrong, tmp_path / "wrong").go()
 
 

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from atoll.core.message import Message
 from atoll.core.streams import key
 from atoll.core.tree import Tree, add, add_, clone, pick, sub, zeros_like
-from atoll.federated.method import Combine, LocalWork, MergeContext, Reply, Share
+from atoll.federated.local._around import Around
+from atoll.federated.method import Combine, MergeContext, Reply, Share
 from atoll.federated.visit import Result, Visit
 
 
 @dataclass(frozen=True)
-class WithPeers(LocalWork):
+class WithPeers(Around):
     """own += combine(letters - own, with a zero for the own model); then ``inner`` from there.
 
     The letter holds the mixed model plus the update that ``inner`` would have sent to a server, and its facts.
@@ -24,15 +25,10 @@ class WithPeers(LocalWork):
         share: what the method shares.
     """
 
-    inner: LocalWork
     combine: Combine
     share: Share
     produces: ClassVar[str] = "letter"
     synchronous_only: ClassVar[bool] = True
-
-    @property
-    def epsilon(self) -> float | None:
-        return self.inner.epsilon
 
     def run(self, visit: Visit) -> Result:
         split = self.share.split(visit.model)
