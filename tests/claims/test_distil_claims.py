@@ -103,6 +103,26 @@ def test_sites_may_make_the_teacher_once_for_all_arms(monkeypatch: pytest.Monkey
     assert "[second](#second) | 2 sites" not in page, "the same work is one row"
 
 
+def test_sites_may_make_the_student_too() -> None:
+    """The federated run of a student begins with that of its teacher; bytes and steps are those of all of them."""
+    local = {"name": "distil_at_sites", "steps": 2, "batch": 8, "rounds": 2}
+    student = {
+        **SITES, "rounds": 2, "method": local, "task": {"name": "distilling", "start": SITES, "method": "cd_ct"}
+    }  # fmt: skip
+    del student["model"]
+    arms = {
+        "teacher_1": {"method": "edm_fm_teacher", "steps": 0, "calls": [1], "start": SITES},
+        "at_sites_1": {"method": "cd_ct", "steps": 0, "calls": [1], "start": student},
+    }
+    record = run_claim(claim(arms=arms, expect=("at_sites_1 < teacher_1",), seeds=(0,)))
+    assert str(distil.user_cache()) not in str(record)
+    seeds = {name: record["arms"][name]["seeds"][0] for name in arms}
+    assert seeds["at_sites_1"]["steps"] == 4
+    assert seeds["at_sites_1"]["up_bytes"] > 2 * seeds["teacher_1"]["up_bytes"]
+    assert seeds["at_sites_1"]["value"] != seeds["teacher_1"]["value"]
+    assert "2 sites, fedavg, then distil_at_sites" in claims_page([record])
+
+
 def test_a_mistake_in_the_sites_recipe_is_told_before_anything_runs() -> None:
     with pytest.raises(RecipeError, match="arm teacher_1, start"):
         run_claim(claim(work={**WORK, "start": {**SITES, "ruonds": 3}}))

@@ -109,7 +109,8 @@ def generators(found: list[dict[str, Any]]) -> list[str]:
         "Means over seeds, of FID with the standard deviation; fewer calls first, and of as many the better. The",
         "distance is measured in the features of a small classifier of the data set, and means nothing beside that of",
         "a paper. *Needs*: whether training reads real images. *Steps* of training are as many as the claim's budget",
-        "pays for. *MB*: what went between sites and server while they made the teacher.",
+        "pays for. *MB*: what went between sites and server while they made the teacher and, with",
+        "`distil_at_sites`, the student, whose cost is then in seconds of that run.",
     ]
     tables: dict[str, dict[str, tuple[int, tuple[int, float], str]]] = {}
     for r in found:
@@ -130,13 +131,22 @@ def _generator(claim: str, arm: str, a: dict[str, Any]) -> tuple[tuple[int, floa
     """A row of the table, and what it is sorted by."""
     seeds, start = a["seeds"], a["recipe"].get("start")
     fid = [s["judged"]["fid"] for s in seeds]
-    teacher = f"{start['sites']} sites, {start['method']['name']}" if isinstance(start, dict) else "one place"
+    teacher = ", then ".join(_where(start)) if isinstance(start, dict) else "one place"
     megabytes = statistics.fmean(s["up_bytes"] + s["down_bytes"] for s in seeds) / 1e6
     cells = [str(seeds[0]["calls"]), arm, f"[{claim}](#{claim})", teacher, seeds[0]["needs"], _mean(fid)]
     cells += [f"{statistics.fmean(s['judged'][k] for s in seeds):.3g}" for k in JUDGED]
     cells += [f"{seeds[0]['steps']:,}", f"{statistics.fmean(s['cpu_seconds'] for s in seeds):.0f}"]
     cells += [f"{seeds[0]['trained_parameters'] / 1e6:.2f}M", f"{megabytes:.0f}" if megabytes else "-"]
     return (seeds[0]["calls"], statistics.fmean(fid)), "| " + " | ".join(cells) + " |"
+
+
+def _where(start: dict[str, Any]) -> list[str]:
+    """The federated runs behind a model, first to last."""
+    task: Any = start.get("task")
+    earlier = task.get("start") if isinstance(task, dict) else None
+    if isinstance(earlier, dict):
+        return [*_where(earlier), str(start["method"]["name"])]
+    return [f"{start['sites']} sites, {start['method']['name']}"]
 
 
 def _described(data: dict[str, Any]) -> str:
