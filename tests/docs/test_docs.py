@@ -65,6 +65,10 @@ def test_recipes_in_the_readme_are_recipes(text, tmp_path, monkeypatch):
         return
     recipe = read_recipe(value)
     monkeypatch.chdir(tmp_path)
+    if "task" in value:
+        with pytest.raises(DataError, match="story/generator/model"):  # nobody has made it yet
+            plan(prepare(recipe))
+        return
     with pytest.raises(DataError, match="There is no file"):
         prepare(recipe)
     rows = "".join(f"{i},{i % 5},{'ABC'[i % 7 % 3]},{i % 2}\n" for i in range(200))

@@ -123,6 +123,11 @@ class Distilling(Task):
     def _teacher(self) -> Any:
         if not self.start:
             raise DataError("A distillation needs its teacher; name the folder of a denoiser in the task's `start`.")
+        if not Path(self.start).is_dir():
+            raise DataError(
+                f"There is no folder `{self.start}`, which `start` names; give the `model` folder of a run that made a "
+                "generator, or a checkpoint of diffusers."
+            )
         return load_denoiser(self.start)
 
     def _classes(self, batch: Batch) -> Tensor:
