@@ -85,11 +85,13 @@ def sections(made: Made) -> list[str]:
 
 
 def student_and_best(made: Made) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The student at its fewest calls, and the best way of sampling the teacher."""
+    """The student at its fewest calls (the best number of them, where nothing was trained), and the best way of
+    sampling the teacher."""
     mine = [j for j in made.judged if not str(j["way"]).startswith("teacher")]
     theirs = [j for j in made.judged if str(j["way"]).startswith("teacher")]
     fid = lambda j: number(j["metrics"].get("fid"))  # noqa: E731
-    return min(mine, key=lambda j: j["calls"], default=None), min(theirs, key=fid, default=None)
+    first = (lambda j: j["calls"]) if made.start.get("steps") else fid
+    return min(mine, key=first, default=None), min(theirs, key=fid, default=None)
 
 
 def verdict(made: Made) -> str:
@@ -98,7 +100,8 @@ def verdict(made: Made) -> str:
     if made.end is None:
         return f"<b>{method}</b> has not finished."
     student, best = student_and_best(made)
-    said = [f"<b>{method}</b> made a generator for <b>{e(str(made.start.get('data')))}</b>"]
+    done = "made a generator for" if made.start.get("steps") else "is judged as a generator of"
+    said = [f"<b>{method}</b> {done} <b>{e(str(made.start.get('data')))}</b>"]
     if student is not None:
         m = student["metrics"]
         said.append(

@@ -114,7 +114,8 @@ def _made(made: distil_report.Made) -> list[str]:
         if best is not None:
             result += f"; teacher {_distance(best)}{count(best['calls'])}"
     seconds = duration(number((made.end or {}).get("seconds")))
-    return [str(made.start.get("method", "")), result, "0 B", "0 B", "training reads no row of a site", seconds]
+    reads = "training reads no row of a site" if made.start.get("steps") else "nothing is trained"
+    return [str(made.start.get("method", "")), result, "0 B", "0 B", reads, seconds]
 
 
 def _distance(judged: dict[str, Any]) -> str:

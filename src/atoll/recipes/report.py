@@ -6,6 +6,7 @@ It is made from the run directory alone, so that it can be written again at any 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape as e
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,10 @@ def verdict(r: Record) -> list[str]:
     on = f" to <b>{e(str(data))}</b>" if data else ""
     across = f" across <b>{some(sites, 'site')}</b>" if sites else ""
     verb = "adapted" if r.end else "has been adapting"
+    task = r.config.get("task")
+    if isinstance(task, Mapping) and task.get("name") == "distilling":
+        verb, on = "made" if r.end else "has been making", on.replace(" to ", " for ", 1)
+        what = f"a fast generator by <b>{e(str(part_name(task.get('method'))))}</b>"
     method = str(r.start.get("method") or part_name(r.config.get("method")) or "The run")
     said = [f"<b>{e(method)}</b> {verb} {what}{on}{across}."]
     if not r.merges:
