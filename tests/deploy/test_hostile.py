@@ -32,8 +32,9 @@ from safetensors.torch import load_file
 from atoll.core.message import Message
 from atoll.deploy.guard import make_guard
 from atoll.deploy.keys import make_certificates, make_site_key
-from atoll.deploy.link import LinkLost, sign_off
+from atoll.deploy.link import LinkLost
 from atoll.deploy.site import Place, SiteProgram
+from atoll.deploy.site_link import sign_off
 from atoll.federated.engine import federate
 from atoll.federated.method import LocalWork
 from atoll.federated.records import from_records, to_records

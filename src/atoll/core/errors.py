@@ -56,3 +56,8 @@ def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     if close:
         return f" Did you mean `{close[0]}`?"
     return f" Choose from: {', '.join(allowed)}." if allowed else ""
+
+
+def first_line(e: BaseException) -> str:
+    """What a library's exception says, without its advice."""
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]

@@ -20,9 +20,10 @@ from atoll.core.errors import RunError, one_line
 from atoll.core.files import write_atomic
 from atoll.core.message import Message, encoded_size
 from atoll.deploy.keys import check_site_files
-from atoll.deploy.link import LinkLost, SiteEnd, sign_off
+from atoll.deploy.link import LinkLost
 from atoll.deploy.processes import end_process, launch, tail
 from atoll.deploy.site import SiteProgram
+from atoll.deploy.site_link import SiteEnd, sign_off
 from atoll.federated.dispatch import failed
 
 HOPELESS = 120.0  # seconds of failing starts before we give up; a server may believe in a lost node for 20

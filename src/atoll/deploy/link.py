@@ -1,8 +1,9 @@
-"""Both ends of Flower's wire, as two small objects that send and take messages.
+"""The server's end of Flower's wire, as a small object that sends and takes messages.
 
-:class:`ServerEnd` is what a ServerApp's process is to Flower, :class:`SiteEnd` what a ClientApp's process is; but no
-code ever comes over the wire. Flower ships an app with every run and executes it at the sites; our sites claim
-Flower's tasks themselves, read the message, answer with their own installed program, and never open the app.
+:class:`ServerEnd` is what a ServerApp's process is to Flower, :class:`~atoll.deploy.site_link.SiteEnd` what a
+ClientApp's process is; but no code ever comes over the wire. Flower ships an app with every run and executes it at the
+sites; our sites claim Flower's tasks themselves, read the message, answer with their own installed program, and never
+open the app.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
@@ -43,8 +43,6 @@ B = TypeVar("B")
 TYPES = {VISIT: "train", EVALUATE: "evaluate"}
 """Flower's type by kind of message; all others are queries."""
 SERVER_NODE = 1
-ALIVE = 5.0  # seconds between signs of life during a visit
-PIECE = 1.0  # seconds without a new piece of a request after which we ask whether our SuperNode has given it up
 UPLOAD = 60.0  # seconds without a new piece after which an answer counts as lost
 SIDE = 4  # requests or answers that are sent or fetched side by side
 HEARTBEAT = 10.0  # seconds; Flower gives a task up after a minute without
@@ -83,7 +81,7 @@ class _Shown:
 
 
 @contextlib.contextmanager
-def _link_errors(what: str) -> Iterator[None]:
+def link_errors(what: str) -> Iterator[None]:
     """Whatever the transport raises, in our words."""
     import httpx
 
@@ -119,7 +117,7 @@ class ServerEnd:
         """Make the sites' public keys known; returns the node of each. Known keys keep theirs, others are removed."""
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
-        with self._control() as control, _link_errors("registering the sites"):
+        with self._control() as control, link_errors("registering the sites"):
             there = {n.public_key: n.node_id for n in control.ListNodes(ListNodesRequest()).nodes_info}
             wanted = {_ssh_bytes(pem): name for name, pem in keys.items()}
             out = {}
@@ -144,7 +142,7 @@ class ServerEnd:
         from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 
         content, _ = build_fab_from_files({"pyproject.toml": APP})
-        with self._control() as control, _link_errors("starting a run at the SuperLink"):
+        with self._control() as control, link_errors("starting a run at the SuperLink"):
             started = control.StartRun(
                 StartRunRequest(fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})))
             )
@@ -153,7 +151,7 @@ class ServerEnd:
         signed = SuperExecAuthHttpInterceptor(
             master_secret=self._secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
         )
-        with self._runtime(signed) as claims, _link_errors("claiming the run at the SuperLink"):
+        with self._runtime(signed) as claims, link_errors("claiming the run at the SuperLink"):
             for _ in range(100):
                 got = claims.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
                 if got.token and got.task.run_id == started.run_id:
@@ -164,7 +162,7 @@ class ServerEnd:
         self._arriving.clear()
         self._client = self._runtime(RuntimeTokenHttpInterceptor(got.token))
         self._bell = self._doorbell()
-        with _link_errors("opening the run at the SuperLink"):
+        with link_errors("opening the run at the SuperLink"):
             given = self._client.PullTaskInput(PullTaskInputRequest())
         self._run, self._task, self._beat = started.run_id, given.task_id, 0.0
 
@@ -198,7 +196,7 @@ class ServerEnd:
 
     def _ring(self, *nodes: int) -> None:
         """Tell nodes that there is work; without any, tell the SuperLink that we leave."""
-        with _link_errors("ringing for a node"):
+        with link_errors("ringing for a node"):
             self._bell.post(RING, json=nodes).raise_for_status()
 
     def close(self) -> None:
@@ -217,7 +215,7 @@ class ServerEnd:
 
         if time.monotonic() - self._beat < HEARTBEAT:
             return
-        with _link_errors("the heartbeat"):
+        with link_errors("the heartbeat"):
             if not self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
                 raise LinkLost("the SuperLink has given our run up")
         self._beat = time.monotonic()
@@ -226,7 +224,7 @@ class ServerEnd:
         """The nodes that are online, by number."""
         from flwr.proto.runtime_pb2 import GetNodesRequest
 
-        with _link_errors("asking for nodes"):
+        with link_errors("asking for nodes"):
             found = self._client.GetNodes(GetNodesRequest()).nodes
         return {n.node_id: NodeState(n.node_id, n.status == "online", n.last_activated_at) for n in found}
 
@@ -250,7 +248,7 @@ class ServerEnd:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = self._task, self._run, SERVER_NODE
         kind = TYPES.get(message.kind, "query")
         flower = FlowerMessage(to_records(message), node, kind, ttl=ttl)
-        with no_object_id_recompute(), _link_errors("sending a request"):
+        with no_object_id_recompute(), link_errors("sending a request"):
             flower.metadata.__dict__["_message_id"] = flower.object_id
             request = PushAppMessagesRequest(
                 messages_list=[message_to_proto(remove_content_from_message(flower))],
@@ -273,7 +271,7 @@ class ServerEnd:
         numbers = list(numbers)
         wanted = [n for n in numbers if n not in self._arriving]
         if wanted:
-            with _link_errors("asking for answers"):
+            with link_errors("asking for answers"):
                 found = self._client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
             for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 number = proto.metadata.reply_to_message_id
@@ -310,13 +308,13 @@ class ServerEnd:
                 a.size, a.since = a.size + len(piece), time.monotonic()
                 if a.size > self.limits.max_bytes + self.limits.max_header_bytes:
                     return Lost(f"its answer has more than {self.limits.max_bytes:,} bytes")
-            return from_records(_whole(a.tree.object_id, a.contents, self.limits).content, self.limits)
+            return from_records(put_together(a.tree.object_id, a.contents, self.limits).content, self.limits)
         except ObjectUnavailableError:
             return Lost("its answer never came in full", again=True) if a.idle > UPLOAD else None
         except AtollError as e:
             return Lost(str(e))
         except Exception as e:  # a stranger's bytes may break Flower's reader in ways that nobody foresaw
-            with _link_errors("fetching an answer"):
+            with link_errors("fetching an answer"):
                 _raise_transport(e)
             return Lost(f"its answer cannot be read ({type(e).__name__})")
 
@@ -326,7 +324,7 @@ class ServerEnd:
         from flwr.proto.node_pb2 import Node
 
         number = a.proto.metadata.message_id
-        with contextlib.suppress(LinkLost), _link_errors("confirming an answer"):
+        with contextlib.suppress(LinkLost), link_errors("confirming an answer"):
             self._client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
                     node=Node(node_id=SERVER_NODE), run_id=self._run, message_object_id=number
@@ -368,180 +366,7 @@ def _raise_transport(e: Exception) -> None:
         raise e
 
 
-class SiteEnd:
-    """A site's end: claims what its own SuperNode has received, and answers.
-
-    Args:
-        address: ``host:port`` of the SuperNode's local interface.
-        secret: shared with that SuperNode.
-    """
-
-    def __init__(self, address: str, secret: bytes, limits: Limits = Limits()) -> None:
-        self.address, self.limits, self._secret = address, limits, secret
-        self._claims: Any = None
-        self._token = ""
-
-    def _open(self, *more: Any) -> Any:
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-        from flwr.supercore.runtime import RuntimeHttpClient
-
-        version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
-        return RuntimeHttpClient.from_server_address(
-            self.address, insecure=True, root_certificates=None, interceptors=[version, *more]
-        )
-
-    def take(self) -> Taken | None:
-        """The next request, or None when there is none yet."""
-        from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
-
-        if not self._claim():
-            return None
-        token, self._token = self._token, ""
-        return Taken(self._open(RuntimeTokenHttpInterceptor(token)), self.limits, self._claim)
-
-    def _claim(self) -> bool:
-        """Whether there is a request to take. The SuperNode works on one at a time: a new one means that it has given
-        up the last, which may never come in full."""
-        from flwr.proto.runtime_pb2 import AcquireTaskRequest
-        from flwr.supercore.constant import TaskType
-        from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
-
-        if self._claims is None:
-            self._claims = self._open(
-                SuperExecAuthHttpInterceptor(
-                    master_secret=self._secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
-                )
-            )
-        if not self._token:
-            with _link_errors("asking the SuperNode for work"):
-                got = self._claims.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-            self._token = str(got.token)
-        return bool(self._token)
-
-    def close(self) -> None:
-        if self._claims is not None:
-            self._claims.close()
-            self._claims = None
-
-
-def sign_off(address: str, authority: bytes, key: bytes, node: int) -> None:
-    """Tell the SuperLink that a node of ours is gone: until then it lets no other take its place.
-
-    Args:
-        key: the site's private key (OpenSSH).
-
-    Raises:
-        LinkLost: it could not be told.
-    """
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    private: Any = load_ssh_private_key(key, None)
-    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
-    signed = NodeAuthHttpInterceptor(private, private.public_key())
-    client = FleetHttpClient.from_server_address(address, False, authority, [version, signed])
-    with _link_errors("signing off"), client:
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
-
-
-class Taken:
-    """A request that this site has claimed. ``message`` is its content, or why it cannot be read.
-
-    Args:
-        moved_on: whether the SuperNode has begun with another request.
-    """
-
-    def __init__(self, client: Any, limits: Limits, moved_on: Callable[[], bool]) -> None:
-        from flwr.common.serde import context_from_proto
-        from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
-
-        self._client = client
-        self.message: Message | str = ""
-        with _link_errors("reading a request"):
-            given = client.PullTaskInput(PullTaskInputRequest())  # the app that comes along is not opened
-            self._context = context_from_proto(given.context)
-            self.node: int = self._context.node_id
-            trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
-            if not trees:
-                raise LinkLost("the SuperNode has lost a request")
-            with self.at_work():
-                self._read(trees[0], limits, moved_on)
-
-    def _read(self, tree: Any, limits: Limits, moved_on: Callable[[], bool]) -> None:
-        """Fetch and read the message, however slowly it comes. One that the SuperNode has given up is left: the server
-        asks again."""
-        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-        from flwr.proto.node_pb2 import Node
-        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-        from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-        from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
-
-        node, run = Node(node_id=self.node), self._context.run_id
-        pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
-        contents: dict[str, bytes] = {}
-        since = time.monotonic()
-        wanted = {one.object_id: None for one in iterate_object_tree(tree)}
-        while missing := [i for i in wanted if i not in contents]:
-            try:
-                contents[missing[0]] = pull(missing[0])
-                since = time.monotonic()
-            except ObjectUnavailableError as e:
-                if time.monotonic() - since > PIECE and moved_on():
-                    raise LinkLost("a request never came in full") from e
-                time.sleep(0.02)
-            if sum(map(len, contents.values())) > limits.max_bytes + limits.max_header_bytes:
-                raise LinkLost("a request is too long")
-        try:
-            whole = _whole(tree.object_id, contents, limits)
-        except Exception as e:  # without its form there is nothing that could be answered
-            raise LinkLost(f"a request cannot be put together ({type(e).__name__})") from e
-        whole.metadata.__dict__["_message_id"] = tree.object_id  # the pieces do not say it
-        self._flower = whole
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
-        )
-        try:
-            self.message = from_records(whole.content, limits)
-        except AtollError as e:
-            self.message = str(e)
-        except Exception as e:
-            self.message = f"unreadable request ({type(e).__name__})"
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Show signs of life while the answer is being worked out."""
-        from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
-
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(ALIVE):
-                with contextlib.suppress(Exception):  # the answer itself will tell
-                    self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def answer(self, message: Message) -> None:
-        """Hand the answer to the SuperNode; raises :class:`LinkLost`."""
-        from flwr.app import Message as FlowerMessage
-        from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
-
-        with _link_errors("handing an answer to the SuperNode"):
-            push_message(self._client, FlowerMessage(to_records(message), reply_to=self._flower), self._context)
-            push_task_output(self._client, self._context, "completed", "")
-        self._client.close()
-
-
-def _whole(root: str, contents: dict[str, bytes], limits: Limits) -> Any:
+def put_together(root: str, contents: dict[str, bytes], limits: Limits) -> Any:
     """The message that the pieces make. An array lists its chunks, and may list one a thousand times over: what they
     add up to is known before any of it takes memory."""
     from flwr.app import Array

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.adapters.lora import adapt
-from atoll.core.errors import AtollError, DataError
+from atoll.core.errors import AtollError, DataError, first_line
 from atoll.diffusion.denoiser import Denoiser, Predicts
 from atoll.diffusion.discrete_vp import DiscreteVP
 from atoll.diffusion.schedules import EDM, RF
@@ -25,7 +25,6 @@ from atoll.models.diffusers_folder import DiffusersFolder
 from atoll.models.diffusers_net import DiffusersNet, quiet
 from atoll.models.export import ABOUT, load_model
 from atoll.models.model import seeded
-from atoll.models.transformers_model import first_line
 
 PREDICTS: Mapping[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 

@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from atoll.core.errors import DataError
+from atoll.core.errors import DataError, first_line
 from atoll.data.dataset import Info
 from atoll.models.diffusers_net import SCHEDULER, DiffusersNet, family, quiet
 from atoll.models.model import ModelBuilder
-from atoll.models.transformers_model import first_line
 
 CONFIG = "config.json"
 LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

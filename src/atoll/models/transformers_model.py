@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from atoll.core.errors import AtollError, DataError
+from atoll.core.errors import AtollError, DataError, first_line
 from atoll.data.dataset import Info
 from atoll.models.model import ModelBuilder
 
@@ -126,11 +126,6 @@ def local_folder(path: str, revision: str | None = None) -> Path:
             f"There is no folder `{path}` and no model of this name in the local cache. Fetch it once with "
             f"`hf download {path}`, or give the folder of a saved model."
         ) from e
-
-
-def first_line(e: Exception) -> str:
-    """What the library said, without its advice."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 @contextmanager

@@ -11,46 +11,33 @@ sum has come. What a site keeps lies in files, so it survives the actor that wro
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import io
 import itertools
-import logging
 import math
-import os
-import pickle
 import secrets
 import shutil
-import signal
-import socket
-import sys
-import sysconfig
 import tempfile
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor
 
-from atoll.core.errors import RunError, SiteFailed
+from atoll.core.errors import RunError, SiteFailed, first_line
 from atoll.core.message import NO_LIMITS, Message, decode, detach, encode
 from atoll.core.tree import moved
-from atoll.data.dataset import Dataset, Info
-from atoll.federated.backends.inline import answer
-from atoll.federated.backends.process_pool import GRACE, PREFIX, SHORT, _evaluate, _sweep
+from atoll.federated.backends._ray_actor import share
+from atoll.federated.backends._ray_crew import Crew, Seat
+from atoll.federated.backends.process_pool import GRACE, SHORT
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates
 from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
 
 START_LIMIT = 300.0  # seconds without a single actor, before we say that the cluster has no room
-SMALL = 4096  # bytes: smaller arrays travel within the pickle, where they cost less than an entry of their own
 SPREAD = 4  # calls that each actor should still get while several visits go into one: the last ones even things out
 TRIES = 2  # actors that a visit may outlive: its work is deterministic, so a second death is the site's own doing
 
@@ -82,240 +69,6 @@ class Ray(Backend):
         except BaseException:
             crew.close()
             raise
-
-
-# --------------------------------------------------------------------------------------------- in an actor
-
-
-class Host:
-    """What an actor does: it holds one worker, and hands it the replica that a call names."""
-
-    def open(self, shared: list[Any], beacon: Path, token: str) -> tuple[bool, str]:
-        """Take up a run. Returns whether this machine sees the folder of the states, and the machine's name."""
-        setup: Setup = pickle.loads(shared[0], buffers=shared[1:])
-        torch.set_num_threads(setup.threads)
-        assert setup.state_folder is not None
-        seen = beacon.exists() and beacon.read_text() == token
-        self.worker, self.version = Worker(setup, FileStates(setup.state_folder)), -1
-        return seen, socket.gethostname()
-
-    def do(self, version: int, replica: list[Any], orders: list[tuple[Any, ...]]) -> tuple[float, list[Any]]:
-        """Do each order with the replica that ``version`` names; returns seconds in all, and an answer for each."""
-        self._receive(version, replica)
-        started = time.perf_counter()
-        answers = [getattr(self, what)(*about) for what, *about in orders]
-        return time.perf_counter() - started, answers
-
-    def _visit(self, job: Job, own: bytes | None) -> tuple[Outcome, Any]:
-        """The outcome, and its message apart from it as wire bytes, or None."""
-        if own is not None:
-            job = replace(job, message=detach(decode(own, NO_LIMITS)))
-        outcome = self.worker.run(job)
-        wire = np.frombuffer(encode(outcome.message), np.uint8) if outcome.message is not None else None
-        return replace(outcome, message=None), wire
-
-    def _evaluate(self, site: int, tag: str | None, part: str) -> dict[str, float] | str:
-        return _evaluate(self.worker, site, tag, part)
-
-    def _ask(self, site: int, request: bytes) -> bytes | str:
-        said = answer(self.worker, site, decode(request, NO_LIMITS))
-        return said if isinstance(said, str) else bytes(encode(said))
-
-    def _receive(self, version: int, replica: list[Any]) -> None:
-        if version == self.version or not replica:
-            return
-        import ray
-
-        whole = decode(ray.get(replica[0]), NO_LIMITS)  # copies: the store's memory is read-only
-        parts = {name: whole.parts.get(name, {}) for name in whole.facts["parts"]}  # empty trees leave no tensor
-        self.worker.publish(moved(parts, self.worker.setup.device))
-        self.version = version
-
-
-# --------------------------------------------------------------------------------------------- the setup, once
-
-
-def share(setup: Setup) -> list[Any]:
-    """The setup as a pickle and the arrays that it refers to. From the object store, :class:`Host` reads data sets
-    in place; they are read-only. Code that is not installed as a package (a script, a notebook) travels too."""
-    from ray import cloudpickle
-
-    buffers: list[Any] = []
-    arrays: dict[int, tuple[Tensor, Any]] = {}  # many data sets own one storage
-
-    def apart(buffer: pickle.PickleBuffer) -> bool:
-        raw = buffer.raw()
-        if raw.nbytes >= SMALL:
-            buffers.append(np.frombuffer(raw, np.uint8))
-        return raw.nbytes < SMALL
-
-    def array(t: Tensor) -> Any:
-        if id(t) not in arrays:
-            plain = t.device.type == "cpu" and t.dtype != torch.bfloat16
-            arrays[id(t)] = t, (t.detach().contiguous().numpy() if plain else t)
-        return arrays[id(t)][1]
-
-    class Pickler(cloudpickle.CloudPickler):
-        def reducer_override(self, obj: Any) -> Any:
-            if type(obj) is Dataset:
-                columns = {name: array(t) for name, t in obj.columns.items()}
-                return _dataset, (columns, obj.info, None if obj.rows is None else array(obj.rows))
-            if isinstance(obj, type) or callable(obj):
-                _by_value(getattr(obj, "__module__", None), registered)
-            return super().reducer_override(obj)
-
-    out, registered = io.BytesIO(), list[Any]()
-    try:
-        Pickler(out, protocol=5, buffer_callback=apart).dump(setup)
-    except (pickle.PicklingError, TypeError, AttributeError) as e:
-        raise RunError(f"The task, the method or the data cannot be sent to Ray's actors: {e}") from e
-    finally:
-        for module in registered:
-            cloudpickle.unregister_pickle_by_value(module)
-    return [np.frombuffer(out.getbuffer(), np.uint8), *buffers]
-
-
-def _dataset(columns: dict[str, Any], info: Info, rows: Any) -> Dataset:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only: so are a federation's rows, by agreement
-        tensors = {name: torch.as_tensor(a) for name, a in columns.items()}
-        return Dataset(tensors, info, None if rows is None else torch.as_tensor(rows))
-
-
-def _by_value(name: str | None, registered: list[Any]) -> None:
-    """Let a module's code travel with what refers to it, unless every worker can import it by name."""
-    from ray import cloudpickle
-
-    module = sys.modules.get(name or "")
-    origin = getattr(module, "__file__", None)
-    if module is None or origin is None or name == "__main__" or module in registered:
-        return  # built in, or the pickler sees to it
-    ours = [str(Path(__file__).parents[2]), *sysconfig.get_paths().values()]
-    if not any(Path(origin).is_relative_to(place) for place in ours):
-        cloudpickle.register_pickle_by_value(module)
-        registered.append(module)
-
-
-# --------------------------------------------------------------------------------------------- the cluster
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """An actor. ``calls``: the tickets of each, the current one first; ``since``: when that began, or the actor got
-    ready; ``ready``: it has taken up the run; ``sees``: its machine sees the folder of the states."""
-
-    handle: Any
-    calls: dict[Any, list[int]] = field(default_factory=dict)
-    since: float = 0.0
-    ready: bool = False
-    sees: bool = True
-    machine: str = ""
-
-
-class Crew:
-    """Actors that may outlive a run, so that many runs pay once for their start.
-
-    Example:
-        >>> with Crew(Ray(workers=4)) as crew:
-        ...     for seed in range(10):
-        ...         rows = list(federate(task, federation, fedavg(), rounds=20, seed=seed, backend=crew))
-    """
-
-    def __init__(self, about: Ray) -> None:
-        try:
-            import ray
-        except ImportError as e:
-            raise RunError("The backend `ray` needs Ray: `pip install atoll[ray]`.") from e
-        self.ray: Any = ray
-        self.about, self.seats, self.folder = about, list[Seat](), Path()
-        self._ours = False
-        self._actor: Any = None
-
-    def open(self, setup: Setup) -> RayWorkers:
-        return RayWorkers(setup, self, lasting=True)
-
-    def muster(self, setup: Setup) -> None:
-        """Connect, and bring the crew to its size; does nothing when both are so."""
-        if self._actor is None:
-            self._connect(setup)
-        while len(self.seats) < self.size:
-            self.seats.append(Seat(self._actor.remote()))
-
-    def _connect(self, setup: Setup) -> None:
-        _sweep(Path(tempfile.gettempdir()))
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-        about = self.about
-        if not self.ray.is_initialized():  # else the program that we are part of has chosen one
-            self._ours = True
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            options: dict[str, Any] = {"address": about.address}
-            if about.address is None:
-                workers = about.workers or os.cpu_count() or 1
-                options = {"address": "local", "num_cpus": workers * setup.threads, "include_dashboard": False}
-                if len(str(self.folder)) < 40:  # it holds sockets, whose paths must stay under 107 characters
-                    options["_temp_dir"] = str(self.folder)
-            try:
-                if about.address not in (None, "auto"):
-                    host, _, port = str(about.address).rpartition(":")
-                    socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
-                with _quietly():
-                    self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (ConnectionError, RuntimeError, ValueError, OSError) as e:
-                what = "No Ray cluster could be started" if about.address is None else f"Cannot join {about.address!r}"
-                raise RunError(f"{what}: {_line(e)}") from e
-        has = self.ray.cluster_resources()
-        self.size = about.workers or max(1, int(has.get("CPU", 1)) // setup.threads)
-        gpus = 0.0
-        if setup.device.startswith("cuda"):
-            if not has.get("GPU"):
-                raise RunError("`device: cuda` needs GPUs, and the Ray cluster has none; use `device: cpu`.")
-            gpus = about.gpus or min(1.0, math.floor(has["GPU"] / self.size * 1e4) / 1e4)
-        remote = self.ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0)
-        self._actor = remote(Host)
-
-    def dismiss(self, seat: Seat) -> None:
-        self.ray.kill(seat.handle)
-        self.seats.remove(seat)
-
-    def close(self) -> None:
-        for seat in list(self.seats):
-            with contextlib.suppress(Exception):  # the cluster itself may be gone
-                self.ray.kill(seat.handle)
-        self.seats.clear()
-        if self._ours:
-            with _quietly():
-                self.ray.shutdown()
-        self._ours, self._actor = False, None
-        if self.folder.name:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings of Ray's own code, and with the program's own answer to SIGTERM afterwards."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            yield
-        finally:
-            gc.collect()  # files that Ray forgot to close warn when they are collected: now
-            with contextlib.suppress(ValueError, TypeError):  # not in the main thread; not set from Python
-                signal.signal(signal.SIGTERM, before)
-
-
-def _line(e: BaseException) -> str:
-    """The first line of what an exception says."""
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]
-
-
-# --------------------------------------------------------------------------------------------- a run
 
 
 class RayWorkers:
@@ -500,14 +253,14 @@ class RayWorkers:
         try:
             said = self._ray.get(call)
         except errors.RayTaskError as e:  # not the visit's own error: that is an outcome
-            said = f"{type(e.cause).__name__}: {_line(e.cause)}" if e.cause is not None else _line(e)
+            said = f"{type(e.cause).__name__}: {first_line(e.cause)}" if e.cause is not None else first_line(e)
             if not seat.ready:
                 raise RunError(
                     f"A Ray actor could not take up the run ({said}); every machine of the cluster needs the same "
                     "packages as this one."
                 ) from e
         except errors.RayError as e:
-            self._lost(seat, _line(e))
+            self._lost(seat, first_line(e))
             return
         if not seat.ready:
             seat.ready, (seat.sees, seat.machine) = True, said
