@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 from atoll.core.build import describe, find, names_in
-from atoll.core.errors import DataError
+from atoll.core.errors import AtollError, DataError
 from atoll.core.streams import stream
 from atoll.core.tree import clone, equal, named_tensors
 from atoll.data.sources.digits import Digits
 from atoll.diffusion.as_denoiser import AsDenoiser
 from atoll.diffusion.denoiser import Denoiser
+from atoll.diffusion.distillation import Distillation
 from atoll.diffusion.distiller import Conditions, Distiller, Images, Work
 from atoll.diffusion.latent_reward import LatentReward
 from atoll.diffusion.pairs import TeacherPairStore, TrajectoryStore
@@ -27,6 +29,7 @@ from atoll.diffusion.solvers import Sampler
 from atoll.diffusion.student import load_student, save_student
 from atoll.diffusion.teacher import make_denoiser
 from atoll.diffusion.trainer import Trainer
+from atoll.federated.share.learned import Learned
 from atoll.models.export import about_model
 from atoll.models.unet import UNet
 
@@ -40,6 +43,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "lcsc": {"record": 0.5, "checkpoints": 3, "samples": 60},
 }
 """What makes a method small enough for a test."""
+REFUSED_AT_SITES = {"agd", "disback", "hipa", "lcsc", "msd", "pd", "phased_dmd", "rfpp", "w2sd"}
 STEPS = 6
 
 
@@ -151,6 +155,32 @@ def test_a_saved_student_draws_the_same(name: str, tmp_path: Path) -> None:
     assert student.pixels(expected).shape == (10, 8, 8, 1)
     with pytest.raises(DataError, match="0 to 9"):
         student.draw(torch.tensor([10]))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_AT_SITES))
+def test_what_sites_cannot_do_is_refused(name: str) -> None:
+    teacher, work = world(name)
+    with pytest.raises(AtollError, match=r"a server can make|between phases|trains nothing"):
+        Distillation(make(name), teacher, replace(work, images=None))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - REFUSED_AT_SITES))
+def test_sites_do_the_rest_together(name: str) -> None:
+    """Two steps at one: finite changes of what learns, which is what travels, and of nothing else."""
+    teacher, work = world(name)
+    model = Distillation(make(name), teacher, replace(work, images=None))
+    before = {n: t.clone() for n, t in named_tensors(model).items()}
+    images = Images(Digits().load().train.select(range(40)))
+    trainer = Trainer(make(name), teacher, replace(work, images=images), STEPS, roles=model.roles)
+    trainer.once()
+    trainer.once()
+    after = named_tensors(model)
+    assert all(torch.equal(after[n], t) for n, t in before.items() if n.startswith("teacher."))
+    assert any(not torch.equal(after[n], t) for n, t in before.items() if n.startswith("learned.student"))
+    assert all(bool(torch.isfinite(t).all()) for t in after.values() if t.is_floating_point())
+    shared = set(Learned().split(model).shared)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} <= shared
+    assert {n for n, t in before.items() if not torch.equal(after[n], t) and t.is_floating_point()} <= shared
 
 
 @pytest.mark.parametrize("name", METHODS)

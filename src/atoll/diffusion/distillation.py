@@ -42,6 +42,8 @@ class Distillation(nn.Module):
         teacher.eval().requires_grad_(False)
         with seeded(work.seed, "distil", "weights"):
             roles = method.roles(teacher, work)
+        if not any(role.lr for role in roles.values()):
+            raise AtollError(f"{own} trains nothing; what is there already can be drawn from.")
         self.method, self.teacher = method, teacher
         self.roles = {name: replace(role, ema=None) for name, role in roles.items()}
         self.learned = nn.ModuleDict({n: r.module for n, r in roles.items() if r.module is not teacher})

@@ -147,7 +147,7 @@ class TwinFlow(Distiller):
         said = velocity(student, x_t, t, r, cond, sign)
         with torch.no_grad():
             wrong = said - v  # at negative time nothing else is learnt
-            ema: Any = nets["student_ema"]
+            ema: Any = best(nets)
             off = self.recursion(ema, said[base], x_t[base], t[base], r[base], cond[base], v[base])
             wrong = torch.cat([off.clamp(-self.clamp, self.clamp), wrong[~base]])
         each = self.distance(said, wrong) * ((1 - (t - r)) * math.pi / 2.5).tan().add(1)
