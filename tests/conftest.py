@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from atoll.data.dataset import Dataset, Federation, Info, SiteData
+from atoll.diffusion.distiller import Conditions, Images, Work
+from atoll.diffusion.methods.edm_fm_teacher import EdmFmTeacher
+from atoll.diffusion.trainer import Trainer
 from atoll.federated.backends.ray import Crew, Ray
 from atoll.federated.engine import federate
 from atoll.federated.ledger import Row
+from atoll.models.export import about_model, save_model
 from atoll.models.mlp import MLP
 from atoll.models.subspace import Subspace
+from atoll.models.unet import UNet
 from atoll.tasks.anomaly_detection import AnomalyDetection
 from atoll.tasks.classification import Classification
+from atoll.tasks.denoising import Denoising
 
 OF_ROWS = {"fedpca": Subspace(4)}
 """Methods that are for rows alone, without classes, and what they train."""
@@ -53,6 +59,18 @@ def split_by_label(data: Dataset, sites: int, test: int = 300) -> Federation:
         cut = int(len(rows) * 0.8)
         parts.append(SiteData(train.select(rows[:cut]), empty, train.select(rows[cut:])))
     return Federation(tuple(parts), held, public=None, info=data.info)
+
+
+@pytest.fixture(scope="session")
+def generator(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small denoiser that has learned a little."""
+    task, folder = Denoising(digits.info, UNet(width=8)), tmp_path_factory.mktemp("generator")
+    work = Work(digits.info.shape, Conditions.classes(10), Images(digits), batch=64)
+    trainer = Trainer(EdmFmTeacher(lr=5e-3), task.model(0), work, steps=60)  # type: ignore[arg-type]
+    trainer.go()
+    about = about_model(task.network, task.info, task.outputs, 0, task.wrapper)
+    save_model(trainer.nets["student_ema"], folder, about)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

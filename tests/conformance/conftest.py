@@ -12,7 +12,6 @@ from atoll.data.sources.stochastic_blocks import StochasticBlocks
 from atoll.diffusion.solvers import Sampler
 from atoll.federated.local.training import Training
 from atoll.federated.method import Method
-from atoll.models.export import about_model, save_model
 from atoll.models.mlp import MLP
 from atoll.models.subspace import Subspace
 from atoll.models.unet import UNet
@@ -60,14 +59,6 @@ def build():
 def blocks():
     """A random graph of four classes, shared by five sites."""
     return make_federation(StochasticBlocks(nodes=300, degree=30), Iid(), sites=5, validation=0.0, test=0.2)
-
-
-@pytest.fixture(scope="session")
-def generator(digits, tmp_path_factory) -> str:
-    """A folder with a denoiser that has learned nothing."""
-    task, folder = Denoising(digits.info, UNet(width=8)), tmp_path_factory.mktemp("generator")
-    save_model(task.model(0), folder, about_model(task.network, task.info, task.outputs, 0, task.wrapper))
-    return str(folder)
 
 
 @pytest.fixture

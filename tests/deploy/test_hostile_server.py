@@ -6,8 +6,10 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,13 +60,13 @@ class Federation:
     def hello(self, **facts) -> Message:
         return self.ask(HELLO, **{"run": "r1", "site": 0, "sites": SITES, "recipe": CONFIG, **facts})
 
-    def begin(self) -> None:
+    def begin(self, config: Mapping[str, Any] = CONFIG) -> None:
         """Greet, agree, and make ready to send requests."""
-        summary = read_summary(self.hello().facts["summary"], "the site")
+        summary = read_summary(self.hello(recipe=dict(config)).facts["summary"], "the site")
         agreed = agree({str(i): summary for i in range(SITES)})
         assert self.ask(BEGIN, run="r1", agreed=agreed.facts()).kind == "ready"
         info = agreed.info()
-        setup = setup_of(read_recipe(CONFIG), {0: stand_in(info, summary.rows)}, SITES, info)
+        setup = setup_of(read_recipe(config), {0: stand_in(info, summary.rows)}, SITES, info)
         share = setup.method.share
         replica = share.initial(Worker(setup, NoStates()).site_model(None).model)
         self.dispatch = Dispatch(share, "r1")
@@ -156,6 +158,28 @@ def test_what_a_recipe_names_at_the_site_is_opened_only_where_the_rules_list_it(
     site.rules.write_text("files: [/elsewhere/model]")
     site.start()
     assert site.hello(recipe=checkpoint).kind == "summary"
+
+
+def test_a_teacher_is_opened_only_where_the_rules_list_it_and_then_the_site_distils(tmp_path, generator):
+    """Its model is counted before it takes memory, so it has to be one without weights too."""
+    site = Federation(tmp_path)
+    config = {
+        "data": "digits", "sites": SITES, "method": {"name": "distil_at_sites", "steps": 1, "batch": 8},
+        "task": {
+            "name": "distilling", "start": generator, "samples": 20, "method": {"name": "dmd", "adversary": {}}
+        },
+    }  # fmt: skip
+    answer = site.hello(recipe=config)
+    assert answer.kind == "failed"
+    assert "`files`" in answer.facts["error"]
+    site.rules.write_text(f"files: [{generator}]")
+    site.start()
+    site.begin(config)
+    answer = site.program.answer(site.visit())
+    assert answer.kind == "outcome"
+    assert not answer.facts["error"], answer.facts["error"]
+    (delta,) = answer.parts.values()
+    assert {name.split(".")[1] for name in delta} == {"student", "fake", "head"}
 
 
 def test_rows_outside_of_what_the_operator_opened_stay_closed(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ from atoll.recipes.pipeline import (
     start_stages,
 )  # fmt: skip
 from atoll.recipes.png import grid, png
-from atoll.recipes.recipe import Recipe, load_recipe
+from atoll.recipes.recipe import Recipe, load_recipe, read_recipe, recipe_yaml
 
 TINY = {"name": "unet", "width": 8}
 GENERATOR = {"task": "denoising", "model": TINY, "sites": 3, "rounds": 2, "method": {"name": "fedavg"}}
@@ -257,3 +258,56 @@ def test_folders_that_stages_start_from_are_found_from_anywhere(tmp_path: Path, 
     story = yaml.safe_load(as_yaml(read_pipeline({**STORY, "stages": stages}), with_places=True))["stages"]
     assert story["one_step"]["start"] == "generator", "a stage, whatever lies about"
     assert story["other"]["start"] == str(tmp_path / "models" / "old")
+
+
+def test_a_plan_of_stages_needs_no_model_that_they_make():
+    """Whichever kind of stage begins with whichever."""
+    stages = {
+        "alone": ALONE, "again": {**ONE_STEP, "start": "alone"}, "sites": {**AT_SITES, "task": {**AT_SITES["task"], "start": "again"}},
+        "last": {**ONE_STEP, "start": "sites"},
+    }  # fmt: skip
+    found = foreseen(read_pipeline({**STORY, "stages": stages}))
+    assert found["again"]["parameters"] == found["last"]["parameters"] == found["alone"]["parameters"]
+    assert found["sites"].exact
+
+
+def test_stages_go_on_where_their_folder_was_moved_to(tmp_path: Path):
+    """A federated stage begins with the model that lies beside it now."""
+    pipeline = read_pipeline({**STORY, "stages": {"generator": GENERATOR, "student": {**AT_SITES, "rounds": 2}}})
+    run = start_stages(pipeline, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run.go(on_row=lambda row: stop_at(row, "energy_distance"))
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    moved = reopen_stages(tmp_path / "b")
+    assert moved is not None
+    moved.go()
+    start_stages(pipeline, tmp_path / "c").go()
+    same = [load_model(tmp_path / name / "student" / "model") for name in ("b", "c")]
+    assert equal(*(dict(named_tensors(m)) for m in same))
+
+
+def stop_at(row: object, metric: str) -> None:
+    if metric in row.metrics:  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+
+def test_a_stage_that_leaves_models_at_sites_is_no_beginning(tmp_path: Path):
+    apart = {**GENERATOR, "method": {"name": "fedbn"}}
+    run = start_stages(read_pipeline({**STORY, "stages": {"generator": apart, "one_step": ONE_STEP}}), tmp_path / "run")
+    with pytest.raises(RunError, match="left a model at each site, and `one_step` starts from one"):
+        run.go()
+
+
+def test_a_lone_recipe_names_its_teacher_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe({**AT_SITES, "task": {**AT_SITES["task"], "start": "teacher"}})
+    assert yaml.safe_load(recipe_yaml(recipe, with_places=True))["task"]["start"] == str(tmp_path / "teacher")
+    pipeline = read_pipeline(
+        {
+            **STORY,
+            "stages": {"teacher": GENERATOR, "student": {**AT_SITES, "task": {**AT_SITES["task"], "start": "teacher"}}},
+        }
+    )
+    said = yaml.safe_load(as_yaml(pipeline, with_places=True))
+    assert said["stages"]["student"]["task"]["start"] == "teacher", "a stage's name, whatever lies there"

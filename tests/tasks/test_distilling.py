@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.core.build import find
 from atoll.core.errors import AtollError, DataError, RecipeError
 from atoll.core.tree import clone, equal, named_tensors
 from atoll.data.dataset import Dataset, Federation
@@ -17,24 +16,21 @@ from atoll.data.sources.sklearn_table import SklearnTable
 from atoll.diffusion.diffusers_model import load_denoiser
 from atoll.diffusion.distiller import Distiller
 from atoll.diffusion.gan_heads import Adversary
+from atoll.diffusion.latent_reward import LatentReward
 from atoll.diffusion.methods.cd_ct import CdCt
 from atoll.diffusion.methods.dmd import DMD
+from atoll.diffusion.methods.dollar import Dollar
+from atoll.diffusion.methods.sana_sprint import SanaSprint
+from atoll.diffusion.pairs import TeacherPairStore
+from atoll.diffusion.rewards import InkFraction
+from atoll.diffusion.rows import Rows
 from atoll.diffusion.student import load_student
 from atoll.federated.check import check_method
 from atoll.federated.methods.distil_at_sites import distil_at_sites
 from atoll.federated.methods.fedavg import fedavg
-from atoll.models.export import about_model, save_model
 from atoll.models.unet import UNet
 from atoll.tasks.classification import Classification
-from atoll.tasks.denoising import Denoising
 from atoll.tasks.distilling import Distilling, energy_distance
-
-
-@pytest.fixture(scope="module")
-def generator(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
-    task, folder = Denoising(digits.info, UNet(width=8)), tmp_path_factory.mktemp("generator")
-    save_model(task.model(0), folder, about_model(task.network, task.info, task.outputs, 0, task.wrapper))
-    return str(folder)
 
 
 @given(st.integers(0, 2**31), st.floats(0.5, 3))
@@ -59,11 +55,13 @@ def test_evaluation_is_pure(digits: Dataset, generator: str) -> None:
     model = task.model(0).train()
     before, state = clone(named_tensors(model)), torch.get_rng_state()
     found = task.evaluate(model, digits)
+    assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     assert task.evaluate(model, digits) == found
+    assert task.flops(model, digits, "cpu") > 0
     assert equal(clone(named_tensors(model)), before)
     assert model.training
-    torch.set_rng_state(state)
+    assert task.evaluate(model, digits.select(range(1))) == {}
 
 
 def test_the_student_that_is_kept_draws_as_the_model_does(digits: Dataset, generator: str, tmp_path: Path) -> None:
@@ -87,11 +85,33 @@ def test_an_adapter_is_what_learns(digits: Dataset, generator: str) -> None:
     assert torch.equal(whole(torch.ones(3, 1, 8, 8), torch.arange(3)), lean(torch.ones(3, 1, 8, 8), torch.arange(3)))
 
 
-@pytest.mark.parametrize("name", ["rfpp", "pd"])
-def test_what_sites_cannot_do_is_said(name: str, digits: Dataset, generator: str) -> None:
-    task = Distilling(digits.info, start=generator, method=find(Distiller.package, name, Distiller)())
-    with pytest.raises(AtollError, match=r"a server can make|between phases"):
-        task.model(0)
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (SanaSprint(rows=Rows(made=TeacherPairStore(count=8))), "a server can make"),
+        (CdCt(target="average"), "let `target` be `itself`"),
+        (Dollar(taste=LatentReward(InkFraction())), "remembers samples"),
+    ],
+)
+def test_what_sites_cannot_do_is_said(method: Distiller, why: str, digits: Dataset, generator: str) -> None:
+    with pytest.raises(AtollError, match=why):
+        Distilling(digits.info, start=generator, method=method).model(0)
+
+
+def test_its_size_is_known_before_it_takes_memory(digits: Dataset, generator: str) -> None:
+    """As sites of a deployment ask it."""
+    task = Distilling(digits.info, start=generator, method=DMD(adversary=Adversary()))
+    with torch.device("meta"):
+        counted = named_tensors(task.model(0))
+    real = named_tensors(task.model(0))
+    assert {n: t.shape for n, t in counted.items()} == {n: t.shape for n, t in real.items()}
+    assert all(t.is_meta for t in counted.values())
+
+
+def test_an_adapter_alone_is_no_beginning(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match="an adapter alone"):
+        Distilling(digits.info, start=str(tmp_path)).model(0)
 
 
 def test_wrong_beginnings_are_said(digits: Dataset, generator: str) -> None:

@@ -18,6 +18,7 @@ from atoll.core.errors import RunError
 from atoll.core.files import user_cache
 from atoll.diffusion.evaluate import Reference, judge_generator, make_judge
 from atoll.diffusion.trainer import Trainer
+from atoll.federated.local._around import Around
 from atoll.federated.local.distil_steps import DistilSteps
 from atoll.recipes.distil import Distil, read_distil
 from atoll.recipes.distil_ready import Ready, prepare, trainer_of
@@ -124,7 +125,10 @@ def measure_distil(measure: str, making: Making) -> dict[str, Any]:
         ready.conditions, samples=recipe.samples, seed=recipe.seed, device=ready.device,
     )  # fmt: skip
     steps, cpu = trainer.step, trainer.bill.cpu_seconds + trainer.bill.material_cpu_seconds
-    last = making.sites[-1].make_method().local if making.sites else None
+    last: Any = making.sites[-1].make_method().local if making.sites else None
+    while isinstance(last, Around):
+        last = last.inner
+    spent = [b.get("epsilon") for b in before]
     if isinstance(last, DistilSteps):  # the student is there already
         steps, cpu = steps + last.steps * making.sites[-1].rounds, cpu + before[-1]["seconds"]
     learned = sum(p.numel() for r in trainer.roles.values() if r.lr for p in r.module.parameters() if p.requires_grad)
@@ -132,7 +136,7 @@ def measure_distil(measure: str, making: Making) -> dict[str, Any]:
         "value": found[measure], "higher_is_better": measure in HIGHER, "final": found[measure], "judged": found,
         "calls": calls, "needs": recipe.method.needs, "steps": steps, "trained_parameters": learned, "cpu_seconds": cpu,
         "up_bytes": sum(b["up_bytes"] for b in before), "down_bytes": sum(b["down_bytes"] for b in before),
-        "epsilon": before[-1].get("epsilon") if before else None,
+        "epsilon": sum(spent) if spent and None not in spent else None,
         "virtual_seconds": 0.0, "seconds": time.perf_counter() - started, "refused": 0, "curve": [],
     }  # fmt: skip
 

@@ -172,7 +172,7 @@ def columns_refusal(policy: Policy, columns: Iterable[str]) -> str | None:
 def files_refusal(policy: Policy, config: Any) -> str | None:
     """Whether a recipe (plain values) names files or addresses that it may. Rows are the operator's own business."""
     for name, value in _fields({k: v for k, v in config.items() if k != "data"}):
-        if name in PATHS and value is not None and value not in policy.files:
+        if name in (*PATHS, "start") and value and value not in policy.files:
             return (
                 f"The recipe names `{str(value)[:80]}`, and files of this site are opened only where its rules list "
                 "them under `files`."

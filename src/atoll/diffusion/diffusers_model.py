@@ -52,6 +52,10 @@ def load_denoiser(
         if not isinstance(made, Denoiser):
             raise DataError(f"`{folder}` holds a {type(made).__name__}, which is no denoiser.")
         return made
+    if (Path(folder) / "adapter_config.json").exists():
+        raise DataError(
+            f"`{folder}` holds an adapter alone; give a whole model, such as the adapter merged into its own."
+        )
     builder = DiffusersFolder(path=str(folder), dtype=dtype, checkpointing=checkpointing)
     return denoiser_of(builder.net(classes), sigma_data, null)
 

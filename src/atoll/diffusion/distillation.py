@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ class Distillation(nn.Module):
     they are; the others and their buffers are what is learned.
 
     No moving averages are kept, which single trainings need: the mean over sites evens out the same jitter in every
-    round.
+    round. What a method asks of its student's average it then asks of the student.
 
     Args:
         method: what is done with them.
@@ -32,16 +33,21 @@ class Distillation(nn.Module):
     def __init__(self, method: Distiller, teacher: Denoiser, work: Work) -> None:
         super().__init__()
         own = type(method).__name__
-        if method.needs == "teacher samples":
+        rows: Any = getattr(method, "rows", None)
+        if method.needs == "teacher samples" or getattr(rows, "made", None) is not None:
             raise AtollError(
                 f"{own} learns from samples of the teacher, which a server can make: use `stage: distil`, which needs "
                 "no site, or let its rows be images."
             )
         if type(method).begin is not Distiller.begin:
             raise AtollError(f"{own} changes its networks between phases, which sites cannot do each for itself.")
+        if getattr(method, "target", None) == "average":
+            raise AtollError(f"{own} follows a running average, and sites keep none; let `target` be `itself`.")
         teacher.eval().requires_grad_(False)
         with seeded(work.seed, "distil", "weights"):
             roles = method.roles(teacher, work)
+        if any(getattr(m, "remembers", False) for role in roles.values() for m in role.module.modules()):
+            raise AtollError(f"{own} remembers samples of its student, which would leave a site; drop what they teach.")
         if not any(role.lr for role in roles.values()):
             raise AtollError(f"{own} trains nothing; what is there already can be drawn from.")
         self.method, self.teacher = method, teacher

@@ -155,7 +155,8 @@ class Adversary:
         """A fresh head that fits the features of a network; None without parameters."""
         if not self.learned:
             return None
-        x = torch.zeros(1, *work.shape, device=work.device)
+        device = next(net.parameters(), torch.zeros(0, device=work.device)).device
+        x = torch.zeros(1, *work.shape, device=device)
         with torch.no_grad(), tapped(net, self.layers(net)) as features:
             net(x, net.schedule.time(torch.ones(1, device=x.device)), work.conditions.rows[:1].to(x.device))
         return ConvHead([places(f).shape[1] for f in features.values()], net.classes, apart=self.apart)

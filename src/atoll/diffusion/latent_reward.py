@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -43,6 +43,7 @@ class LatentRewardNet(nn.Module):
     believed.
     """
 
+    remembers: ClassVar[bool] = True
     x: Tensor
     cond: Tensor
     score: Tensor

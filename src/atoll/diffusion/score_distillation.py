@@ -85,7 +85,7 @@ class ScoreDistillation(Distiller):
             "fake": Role(work.copy_of(teacher), self.critic_lr),
         }
         if self.adversary is not None:
-            judge = roles[self.adversary.on].module.to(work.device)  # where the teacher is exact, not of its shape
+            judge = roles[self.adversary.on].module  # where the teacher is exact, not of its shape
             head = self.adversary.head(judge, work)  # type: ignore[arg-type]
             if head is not None:
                 roles["head"] = Role(head, self.critic_lr)

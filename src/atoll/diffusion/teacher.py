@@ -54,11 +54,11 @@ def expect_fits(teacher: Denoiser, info: Info) -> None:
             f"The teacher is told {told}, and `{info.name}` has {info.num_classes} classes; for a model of texts, give "
             "its encoder's answers in `texts`."
         )
-    x = torch.zeros(1, *info.shape)
+    device = next(teacher.parameters()).device  # where memory is counted before it is taken: none, but shapes
+    x, cond = torch.zeros(1, *info.shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
-            teacher.cpu()
-            same = teacher(x, teacher.schedule.time(torch.ones(1)), torch.zeros(1, dtype=torch.int64)).shape == x.shape
+            same = teacher(x, teacher.schedule.time(torch.ones(1, device=device)), cond).shape == x.shape
     except (RuntimeError, ValueError):
         same = False
     if not same:

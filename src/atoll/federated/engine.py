@@ -537,6 +537,7 @@ def federate(
     """
     from atoll.federated.backends.inline import Inline
 
+    method = method.but(local=method.local.over(rounds))
     federation = method.topology.arrange(federation)
     num_sites = len(federation.sites)
     profiles = setup.pop("profiles", None)

@@ -252,6 +252,10 @@ class LocalWork(Protocol):
     def epsilon_of(self) -> str:
         return "row"
 
+    def over(self, rounds: int) -> LocalWork:
+        """The same work in a run of so many rounds, for what is scheduled over a whole run."""
+        return self
+
     def run(self, visit: Visit) -> Result: ...
 
     def together(self, at: SiteModel, task: Any) -> int:

@@ -135,13 +135,15 @@ def foresee_making(recipe: Distil) -> dict[str, Any]:
     weights. ``flops`` is None for methods that first make samples of the teacher."""
     if recipe.texts is not None:
         teacher, shape, conditions = _told_texts(recipe, recipe.texts)
-        work = Work(shape, conditions, None, recipe.seed, recipe.batch)
+        images = None
     else:
         rows = recipe.data.load().train
         images, info = Images(rows), rows.info
+        shape, conditions = info.shape, Conditions.classes(info.num_classes or 1)
         own = recipe.teacher
         teacher = load_denoiser(recipe.start) if recipe.start else make_denoiser(own.model, info, 0, own.kind)
-        work = Work(info.shape, Conditions.classes(info.num_classes or 1), images, recipe.seed, recipe.batch)
+    build = _adapted(teacher, recipe.lora, recipe.seed)
+    work = Work(shape, conditions, images, recipe.seed, recipe.batch, build=build)
     trainer = Trainer(recipe.method, teacher, work, recipe.steps or COUNTED)
     steps, flops = recipe.steps, None
     if type(recipe.method).material is Distiller.material:

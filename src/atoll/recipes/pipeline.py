@@ -18,6 +18,9 @@ import yaml
 from atoll.core.build import Deferred, describe, schema
 from atoll.core.errors import RecipeError, RunError, did_you_mean
 from atoll.core.files import write_atomic
+from atoll.diffusion.as_denoiser import AsDenoiser
+from atoll.diffusion.teacher import make_denoiser
+from atoll.models.export import about_model, save_model
 from atoll.recipes.distil import Distil, read_distil
 from atoll.recipes.distil_ready import foresee_making, prepare
 from atoll.recipes.distil_run import DistilRun
@@ -148,12 +151,9 @@ def as_config(chosen: Distil | Pipeline) -> dict[str, Any]:
 
 def as_yaml(chosen: Distil | Pipeline, with_places: bool = False) -> str:
     """The same as YAML; ``with_places`` makes paths absolute."""
-    config = as_config(chosen)
-    for stage in [config, *config.get("stages", {}).values()] if with_places else ():
-        begins = stage.get("start")
-        if begins and (isinstance(chosen, Distil) or "/" in begins) and Path(begins).exists():
-            stage["start"] = str(Path(begins).resolve())  # without a slash it names a stage of a pipeline
-    return str(yaml.safe_dump(located(config) if with_places else config, sort_keys=False, allow_unicode=True))
+    config, stages = as_config(chosen), () if isinstance(chosen, Distil) else chosen.stages
+    config = located(config, stages) if with_places else config
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def _stage_config(stage: Stage) -> dict[str, Any]:
@@ -177,26 +177,31 @@ def foreseen(chosen: Recipe | Distil | Pipeline) -> dict[str, Any]:
 
 def _foreseen(stage: Stage, stages: Mapping[str, Stage]) -> Any:
     earlier = stages.get(start_of(stage) or "")
-    if not isinstance(earlier, Recipe):
+    if earlier is None:
         return foreseen(stage)[""]
-    with tempfile.TemporaryDirectory() as folder:  # what will be there, untrained
-        _untrained(earlier, stages, Path(folder))
-        return foreseen(starting(stage, Path(folder)))[""]
+    with tempfile.TemporaryDirectory() as folder:
+        return foreseen(starting(stage, _untrained(earlier, stages, Path(folder))))[""]
 
 
-def _untrained(stage: Recipe, stages: Mapping[str, Stage], folder: Path) -> None:
-    """Write the model that a stage will have made, with the weights that it begins with."""
+def _untrained(stage: Stage, stages: Mapping[str, Stage], folder: Path) -> Path:
+    """A model such as a stage will have made, with the weights that it begins with: written to ``folder``, or where it
+    is already."""
     from atoll.recipes.run import export_model
     from atoll.recipes.run import prepare as prepare_run
 
     earlier = stages.get(start_of(stage) or "")
-    if isinstance(earlier, Recipe):
-        _untrained(earlier, stages, folder / "before")
-        changed = starting(stage, folder / "before")
-        assert isinstance(changed, Recipe)
-        stage = changed
-    setup = prepare_run(stage).setup
-    export_model(setup.task.model(stage.seed), folder, stage, setup, None)
+    if earlier is not None:
+        stage = starting(stage, _untrained(earlier, stages, folder / "before"))
+    if isinstance(stage, Recipe):
+        setup = prepare_run(stage).setup
+        export_model(setup.task.model(stage.seed), folder, stage, setup, None)
+    elif stage.start is not None:
+        return Path(stage.start)
+    else:
+        t, info = stage.teacher, stage.data.load().train.info
+        about = about_model(t.model, info, info.num_classes or 1, t.seed, AsDenoiser(t.kind, 0.5))
+        save_model(make_denoiser(t.model, info, t.seed, t.kind), folder, about)
+    return folder
 
 
 @dataclass
@@ -254,14 +259,20 @@ class StageRun:
     def _stage(self, name: str, folder: Path, stage: Stage, say: Any, on_row: Any) -> dict[str, Any]:
         begins = start_of(stage)
         if begins and begins in getattr(self.chosen, "stages", {}):
-            stage = starting(stage, (self.folder / begins / "model").resolve())
+            model = (self.folder / begins / "model").resolve()
+            if any(model.glob("site*")):
+                raise RunError(
+                    f"Stage `{begins}` left a model at each site, and `{name}` starts from one; choose a method that "
+                    "makes one for all."
+                )
+            stage = starting(stage, model)
         if isinstance(stage, Distil):
             say(name, stage)
             return self._distil(folder, stage)
         from atoll.data.picture import partition_svg
         from atoll.recipes.report import write_report
 
-        run, plan = (reopen(folder), None) if (folder / "recipe.yaml").exists() else start_run(stage, folder)
+        run, plan = (reopen(folder, stage), None) if (folder / "recipe.yaml").exists() else start_run(stage, folder)
         assert isinstance(run, Run)
         say(name, plan or stage)
         summary = run.go(on_row)

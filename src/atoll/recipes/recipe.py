@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,7 +140,8 @@ class Recipe:
     def make_method(self, num_sites: int | None = None) -> Method:
         """The method with the recipe's own parts in place. ``num_sites``: of the federation, once it is known."""
         own = {name: getattr(self, name) for name in PARTS}
-        made = self.method.but(**{name: part for name, part in own.items() if part is not None})
+        parts = {name: part for name, part in own.items() if part is not None}
+        made = self.method.but(local=self.method.local.over(self.rounds), **parts)
         if self.attack is None:
             return made
         sites = num_sites or self.sites or DEFAULT_SITES
@@ -295,12 +296,13 @@ PATHS = ("path", "edges", "test_path", "images", "labels", "test_images", "test_
 """Fields that hold paths."""
 
 
-def located(value: Any, field_name: str = "") -> Any:
-    """The same with each relative path to something that exists made absolute: good from any folder."""
+def located(value: Any, stages: Container[str] = (), field_name: str = "") -> Any:
+    """The same with each relative path to something that exists made absolute: good from any folder. ``stages``: what
+    is not meant as a path where something starts."""
     if isinstance(value, dict):
-        return {k: located(v, k) for k, v in value.items()}
-    a_path = field_name in PATHS or (field_name == "start" and "/" in str(value))  # else it names a stage
-    if a_path and isinstance(value, str) and Path(value).exists():
+        return {k: located(v, stages, k) for k, v in value.items()}
+    a_path = field_name in PATHS or (field_name == "start" and value not in stages)
+    if a_path and isinstance(value, str) and value and Path(value).exists():
         return str(Path(value).resolve())
     return value
 

@@ -16,12 +16,16 @@ from atoll.core.streams import stream
 from atoll.data.dataset import Dataset, Info
 from atoll.diffusion.diffusers_model import adapted, load_denoiser
 from atoll.diffusion.distillation import Distillation
-from atoll.diffusion.distiller import Conditions, Distiller, Draw, Images, Work, usual
+from atoll.diffusion.distiller import Conditions, Distiller, Images, Work, usual
 from atoll.diffusion.student import facts_of, save_student
 from atoll.diffusion.teacher import expect_fits
+from atoll.diffusion.trainer import Trainer
 from atoll.models.model import ModelBuilder, seeded
 from atoll.models.unet import UNet
-from atoll.tasks.task import Batch, Task, evaluating
+from atoll.tasks.task import Batch, Task, evaluating, rows_at_once
+
+COUNTED = 16
+"""Rows of the step whose operations are counted."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +88,27 @@ class Distilling(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         raise DataError("The networks of a distillation have a loss each; use `method: distil_at_sites`.")
 
-    def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The losses of one step's turns on these rows, added up: what is computed in a step, not what is descended."""
+    def flops(self, model: nn.Module, data: Dataset, device: str) -> float:
+        """Operations of a step for each of its rows: counted on one that is then taken back."""
         made: Distillation = model  # type: ignore[assignment]
-        x, y = batch["x"], self._classes(batch)
-        rows = Dataset({"x": x.cpu(), "y": y.cpu()}, self.info)
-        images = Images(rows, made.teacher.sigma_data)
-        work = Work(self.info.shape, Conditions(y.cpu()), images, 0, len(x), str(x.device))
-        draw = Draw(work, torch.Generator(x.device).manual_seed(0), 1, 2)
-        losses = [value for _, turn in self.method.updates(made.nets, draw) for value in turn.values()]
-        return torch.stack([v.float() for v in losses]).sum()
+        images = Images(data, made.teacher.sigma_data)
+        work = Work(self.info.shape, Conditions.classes(self.outputs), images, batch=COUNTED, device=device)
+        return Trainer(self.method, made.teacher, work, 2, roles=made.roles).flops_per_step() / COUNTED
 
     def evaluate(self, model: nn.Module, data: Dataset) -> dict[str, float]:
         """``energy_distance``: between rows and as many samples of their classes, on fixed noise, per number; 0 for
-        equal distributions (Szekely and Rizzo, 2013)."""
+        equal distributions (Szekely and Rizzo, 2013). Nothing of fewer than two rows."""
         made: Distillation = model  # type: ignore[assignment]
-        rows = torch.arange(0, len(data), max(1, -(-len(data) // self.samples)))
+        if len(data) < 2:
+            return {}
+        rows = torch.linspace(0, len(data) - 1, min(len(data), self.samples)).long()
+        drawn, real = [], []
         with seeded(0, "evaluate"), evaluating(model) as device:
-            batch = data.ready(rows, device)
-            drawn = self.predict(made, batch)
-        return {"energy_distance": energy_distance(drawn.flatten(1), batch["x"].flatten(1))}
+            for some in rows.split(rows_at_once(*self.info.shape)):
+                batch = data.ready(some, device)
+                drawn.append(self.predict(made, batch).flatten(1))
+                real.append(batch["x"].flatten(1))
+        return {"energy_distance": energy_distance(torch.cat(drawn), torch.cat(real))}
 
     def draw(self, model: nn.Module, per_class: int = 2, seed: int = 0) -> Tensor:
         """Samples to look at, ``[per_class * classes, ...]``, classes in turn; the same noise whatever the model."""
@@ -137,9 +142,7 @@ class Distilling(Task):
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """``2 E|a - b| - E|a - a'| - E|b - b'|`` of rows ``[n, d]``, over sqrt(d)."""
-    if min(len(a), len(b)) < 2:
-        return float("nan")
+    """``2 E|a - b| - E|a - a'| - E|b - b'|`` of two rows ``[n, d]`` or more, over sqrt(d)."""
     a, b = a.double(), b.double()
     n, m = len(a), len(b)
     within = torch.cdist(a, a).sum() / (n * (n - 1)) + torch.cdist(b, b).sum() / (m * (m - 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atoll.federated.method import LocalWork
 
@@ -16,6 +16,9 @@ class Around(LocalWork):
     """
 
     inner: LocalWork
+
+    def over(self, rounds: int) -> LocalWork:
+        return replace(self, inner=self.inner.over(rounds))
 
     @property
     def produces(self) -> str:  # type: ignore[override]

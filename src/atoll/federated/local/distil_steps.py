@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from atoll.core.errors import AtollError
 from atoll.core.message import Message
 from atoll.core.tree import sub
 from atoll.diffusion.distillation import Distillation
@@ -27,18 +28,21 @@ class DistilSteps(LocalWork):
     Args:
         steps: of a visit; each is one round of the method's turns.
         batch: rows and samples per loss.
-        rounds: how many visits a run has: what the method schedules over a run is spread over them.
+        rounds: what the method schedules over a training is spread over so many; None: over those of the run.
         cooldown: share of them, at the end, over which all step sizes fall to nothing.
         precision: ``bf16`` computes the networks in bfloat16.
     """
 
     steps: Annotated[int, Ge(1)] = 20
     batch: Annotated[int, Ge(1)] = 128
-    rounds: Annotated[int, Ge(1)] = 10
+    rounds: Annotated[int, Ge(1)] | None = None
     cooldown: Annotated[float, Ge(0), Le(1)] = 0.3
     precision: Literal["float32", "bf16"] = "float32"
     produces: ClassVar[str] = "delta"
     alternates: ClassVar[bool] = True
+
+    def over(self, rounds: int) -> LocalWork:
+        return self if self.rounds else replace(self, rounds=rounds)
 
     def run(self, visit: Visit) -> Result:
         made: Distillation = visit.model  # type: ignore[assignment]
@@ -49,6 +53,8 @@ class DistilSteps(LocalWork):
                 rows.info.shape, Conditions(y), Images(rows, made.teacher.sigma_data),
                 visit.stream("distil").initial_seed(), self.batch, visit.device,
             )  # fmt: skip
+            if self.rounds is None:
+                raise AtollError("Nobody said how long this run is; give `rounds` to distil_at_sites.")
             whole = self.steps * self.rounds
             trainer = Trainer(
                 made.method, made.teacher, work, whole, precision=self.precision, cooldown=self.cooldown,

@@ -43,7 +43,7 @@ CARD = Card(
 def distil_at_sites(
     steps: Annotated[int, Ge(1)] = 20,
     batch: Annotated[int, Ge(1)] = 128,
-    rounds: Annotated[int, Ge(1)] = 10,
+    rounds: Annotated[int, Ge(1)] | None = None,
     cooldown: Annotated[float, Ge(0), Le(1)] = 0.3,
     precision: Literal["float32", "bf16"] = "float32",
     server_lr: Annotated[float, Gt(0)] = 1.0,
@@ -53,7 +53,7 @@ def distil_at_sites(
     Args:
         steps: of a visit.
         batch: rows and samples per loss.
-        rounds: of the run: what the method schedules over a training is spread over them.
+        rounds: what the method schedules over a training is spread over so many; None: over those of the run.
         cooldown: share of them, at the end, over which all step sizes fall to nothing.
         precision: ``bf16`` computes the networks in bfloat16.
         server_lr: 1 takes the mean of the sites' networks as it is.
