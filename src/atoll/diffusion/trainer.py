@@ -241,12 +241,7 @@ class Trainer:
                 parts[f"net.{name}"] = dict(named_tensors(role.module))
         for name, module in self.averages.items():
             parts[f"ema.{name}"] = dict(named_tensors(module))
-        for name, optimiser in self.optimisers.items():
-            moments: Tree = {}
-            for i, p in enumerate(optimiser.param_groups[0]["params"]):
-                for key, value in optimiser.state.get(p, {}).items():
-                    moments[f"{i}.{key}"] = torch.as_tensor(value)
-            parts[f"adam.{name}"] = moments
+        parts |= self.moments()
         bill = {name: getattr(self.bill, name) for name in Bill.__slots__}
         return Message("distil", parts, {"step": self.step, "updates": dict(self.updates_done), "bill": bill})
 
@@ -259,17 +254,31 @@ class Trainer:
                     _put(role.module, message.parts[f"net.{name}"])
             for name, module in self.averages.items():
                 _put(module, message.parts[f"ema.{name}"])
-            for name in self.optimisers:
-                fresh = self.optimisers[name] = _adam(self.roles[name])
-                parameters = fresh.param_groups[0]["params"]
-                for place, value in message.parts.get(f"adam.{name}", {}).items():
-                    i, _, key = place.partition(".")
-                    fresh.state[parameters[int(i)]][key] = value.clone()
+            self.restore_moments(message.parts)
             self.step = int(facts["step"])
             self.updates_done = {name: int(facts["updates"][name]) for name in self.roles}
             self.bill = Bill(**facts["bill"])
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
             raise RunError(f"The checkpoint is of another method or model ({e}); start the stage again.") from e
+
+    def moments(self) -> dict[str, Tree]:
+        """What the optimisers remember, in parts ``adam.ROLE``, sharing storage with them."""
+        parts: dict[str, Tree] = {}
+        for name, optimiser in self.optimisers.items():
+            own = parts[f"adam.{name}"] = {}
+            for i, p in enumerate(optimiser.param_groups[0]["params"]):
+                for key, value in optimiser.state.get(p, {}).items():
+                    own[f"{i}.{key}"] = torch.as_tensor(value)
+        return parts
+
+    def restore_moments(self, parts: Mapping[str, Tree]) -> None:
+        """Put :meth:`moments` back; optimisers without a part start afresh."""
+        for name in self.optimisers:
+            fresh = self.optimisers[name] = _adam(self.roles[name])
+            parameters = fresh.param_groups[0]["params"]
+            for place, value in parts.get(f"adam.{name}", {}).items():
+                i, _, key = place.partition(".")
+                fresh.state[parameters[int(i)]][key] = value.clone()
 
     def save(self) -> None:
         if self.folder is not None:

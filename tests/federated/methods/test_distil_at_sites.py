@@ -20,6 +20,7 @@ from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.methods.cd_ct import CdCt
 from atoll.diffusion.methods.dmd import DMD
 from atoll.diffusion.trainer import Trainer
+from atoll.federated.combine.weighted_mean import WeightedMean
 from atoll.federated.engine import federate
 from atoll.federated.methods.distil_at_sites import distil_at_sites
 from atoll.recipes.recipe import read_recipe
@@ -36,20 +37,29 @@ def only(federation: Federation, site: int) -> Federation:
     return replace(federation, sites=(federation.sites[site],))
 
 
-def test_one_site_is_a_training_in_one_place(digits: Dataset, digits_federation: Federation, generator: str) -> None:
-    """The same steps on the same draws, role by role: turns, step sizes, cooldown."""
+@pytest.mark.parametrize("moments", ["kept", "fresh"])
+def test_one_site_is_a_training_in_one_place(
+    moments: Any, digits: Dataset, digits_federation: Federation, generator: str
+) -> None:
+    """To the bit: the same steps on the same draws, role by role, step sizes and cooldown, and what Adam remembers."""
     federation, task = only(digits_federation, 0), Distilling(digits.info, start=generator, method=METHOD, samples=20)
-    made = distil_at_sites(steps=4, batch=16, rounds=1, cooldown=0.5)
-    rows = list(federate(task=task, federation=federation, method=made, rounds=1, seed=3))
+    made = distil_at_sites(steps=2, batch=16, cooldown=0.5, moments=moments)
+    made = made.but(combine=WeightedMean(by="uniform"))
+    rows = list(federate(task=task, federation=federation, method=made, rounds=2, seed=3))
 
-    train, model = federation.sites[0].train, task.model(3)
-    seed = stream(3, "distil", 0, 0).initial_seed()
-    work = Work(digits.info.shape, Conditions(train.column("y")), Images(train), seed, 16)
-    trainer = Trainer(METHOD, model.teacher, work, 4, cooldown=0.5, roles=model.roles)
-    for _ in range(4):
+    train, model, known = federation.sites[0].train, task.model(3), dict[str, Any]()
+    for visit in range(2):
+        seed = stream(3, "distil", visit, 0).initial_seed()
+        work = Work(digits.info.shape, Conditions(train.column("y")), Images(train), seed, 16)
+        trainer = Trainer(METHOD, model.teacher, work, 4, cooldown=0.5, roles=model.roles, step=2 * visit)
+        trainer.restore_moments(known if moments == "kept" else {})
+        start = {name: named_tensors(model)[name].clone() for name in learned(rows)}
         trainer.once()
-    for name, t in learned(rows).items():
-        assert torch.allclose(t, named_tensors(model)[name], atol=1e-6), name  # w + (w' - w) is w' up to rounding
+        trainer.once()
+        known = {name: clone(tree) for name, tree in trainer.moments().items()}
+        for name, t in start.items():  # as it travels
+            named_tensors(model)[name].copy_(t + (named_tensors(model)[name] - t))
+    assert equal(learned(rows), {name: named_tensors(model)[name] for name in learned(rows)})
 
 
 def test_what_learns_travels_and_the_teacher_stays(

@@ -46,6 +46,7 @@ def distil_at_sites(
     rounds: Annotated[int, Ge(1)] | None = None,
     cooldown: Annotated[float, Ge(0), Le(1)] = 0.3,
     precision: Literal["float32", "bf16"] = "float32",
+    moments: Literal["kept", "fresh"] = "kept",
     server_lr: Annotated[float, Gt(0)] = 1.0,
 ) -> Method:
     """The task says how the student is made, and step sizes are that method's own.
@@ -56,7 +57,10 @@ def distil_at_sites(
         rounds: what the method schedules over a training is spread over so many; None: over those of the run.
         cooldown: share of them, at the end, over which all step sizes fall to nothing.
         precision: ``bf16`` computes the networks in bfloat16.
+        moments: of Adam are ``kept`` at the site from visit to visit, or start ``fresh``.
         server_lr: 1 takes the mean of the sites' networks as it is.
     """
-    local = DistilSteps(steps=steps, batch=batch, rounds=rounds, cooldown=cooldown, precision=precision)
+    local = DistilSteps(
+        steps=steps, batch=batch, rounds=rounds, cooldown=cooldown, precision=precision, moments=moments
+    )  # fmt: skip
     return Method(share=Learned(), local=local, server=Apply(server_lr))
