@@ -34,6 +34,7 @@ from atoll.recipes.pipeline import (
 )  # fmt: skip
 from atoll.recipes.png import grid, png
 from atoll.recipes.recipe import Recipe, load_recipe, read_recipe, recipe_yaml
+from atoll.recipes.run import start as start_run
 
 TINY = {"name": "unet", "width": 8}
 GENERATOR = {"task": "denoising", "model": TINY, "sites": 3, "rounds": 2, "method": {"name": "fedavg"}}
@@ -200,8 +201,9 @@ def test_a_student_loads_alone(tmp_path: Path):
     assert isinstance(load_model(tmp_path / "again" / "model"), Denoiser)
 
 
+@pytest.mark.parametrize("where", ["server", "sites"])
 @pytest.mark.parametrize("lora", [None, 2])
-def test_a_checkpoint_of_diffusers_is_distilled_into_its_own_format(lora: int | None, tmp_path: Path):
+def test_a_checkpoint_of_diffusers_is_distilled_into_its_own_format(where: str, lora: int | None, tmp_path: Path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     body = diffusers.DiTTransformer2DModel(
@@ -210,8 +212,12 @@ def test_a_checkpoint_of_diffusers_is_distilled_into_its_own_format(lora: int | 
     )  # fmt: skip
     body.save_pretrained(tmp_path / "dit" / "transformer")
     diffusers.DDIMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
-    made = {**ALONE, "steps": 2, "start": str(tmp_path / "dit"), "lora": lora}
-    start_stages(read_distil(made), tmp_path / "run").go()
+    begins = {"start": str(tmp_path / "dit"), "lora": lora}
+    if where == "server":
+        start_stages(read_distil({**ALONE, "steps": 2, **begins}), tmp_path / "run").go()
+    else:
+        task = {"name": "distilling", "method": {"name": "cd_ct", "lr": 0.01}, "samples": 20, **begins}
+        start_run(read_recipe({**AT_SITES, "data": "digits", "limit": 100, "task": task}), tmp_path / "run")[0].go()
     folder = tmp_path / "run" / "model"
     if lora is None:
         student = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
