@@ -137,15 +137,23 @@ TINY = {
 }  # fmt: skip
 
 
+STAGES = {
+    "demo": ["generator", "classifier", "one_step"],
+    "one_step_at_sites": ["generator", "student", "slow", "fast"],
+}  # fmt: skip
+
+
 def test_every_shipped_recipe_is_tried_here():
-    assert {p.stem for p in RECIPES.glob("*.yaml")} == {*TINY, "demo"}
+    assert {p.stem for p in RECIPES.glob("*.yaml")} == {*TINY, *STAGES}
 
 
-def test_the_demo_is_a_pipeline_and_the_same_when_written_out(tmp_path):
-    path = RECIPES / "demo.yaml"
+@pytest.mark.parametrize("name", STAGES)
+def test_recipes_of_stages_are_the_same_when_written_out(name, tmp_path):
+    path = RECIPES / f"{name}.yaml"
     assert path.read_text().startswith("# "), "a comment says what it shows"
     story = load_any(str(path))
-    assert list(story.stages) == ["generator", "classifier", "one_step"]
+    assert story.name == name
+    assert list(story.stages) == STAGES[name]
     (tmp_path / "again.yaml").write_text(as_yaml(story))
     assert as_yaml(load_any(str(tmp_path / "again.yaml"))) == as_yaml(story)
 

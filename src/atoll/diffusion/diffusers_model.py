@@ -104,8 +104,10 @@ def table_of(config: Mapping[str, Any]) -> DiscreteVP:
 
 
 def savable(denoiser: Denoiser) -> bool:
-    """True for what :func:`save_denoiser` has a format for: diffusers' networks, and adapters."""
-    return hasattr(_body(denoiser), "peft_config") or isinstance(denoiser.net, DiffusersNet)
+    """True for what :func:`save_denoiser` has a format for: diffusers' networks, and adapters that peft wraps (in a
+    network of our own they may be part of it)."""
+    body = _body(denoiser)
+    return (hasattr(body, "peft_config") and hasattr(body, "save_pretrained")) or isinstance(denoiser.net, DiffusersNet)
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path | str) -> None:
