@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from atoll.core.card import Want
 from atoll.core.errors import RunError
 from atoll.core.files import write_atomic
@@ -21,10 +23,17 @@ def records(folder: Path) -> list[dict[str, Any]]:
     out = []
     for path in sorted((folder / "results").glob("*.json")):
         try:
-            out.append(json.loads(path.read_text()))
+            record = json.loads(path.read_text())
         except ValueError as e:
             raise RunError(f"{path} is not JSON; run `atoll claim run {path.stem}` again.") from e
+        out.append({**record, "note": _note(folder / path.with_suffix(".yaml").name, record)})
     return out
+
+
+def _note(claim: Path, record: dict[str, Any]) -> Any:
+    """What a reader should know: from the claim, so that it can be amended while a record stays as its run wrote it."""
+    said = yaml.safe_load(claim.read_text(encoding="utf-8")) if claim.exists() else None
+    return said["note"] if isinstance(said, dict) and "note" in said else record.get("note", "")
 
 
 def write_tables(claims: Path, docs: Path) -> list[Path]:
@@ -43,8 +52,8 @@ def write_tables(claims: Path, docs: Path) -> list[Path]:
 def claims_page(found: list[dict[str, Any]]) -> str:
     lines = [
         GENERATED + "# Claims\n",
-        "Each row is a comparison that was run: same data, same rounds (or virtual time), same seeds and as many",
-        "tuning tries for every arm. The expectation was written before the run. **Reproduced**: the direction holds",
+        "Each row is a comparison that was run: same data, same rounds (or virtual time), same seeds and, unless its",
+        "note says otherwise, as many tuning tries for every arm and an expectation from before the run. **Reproduced**: the direction holds",
         "beyond seed noise (90 % interval of the paired differences). **Within noise**: no clear difference. **Not",
         "reproduced at this scale**: said plainly. With a single seed: **as expected in one run**, or not. Repeat one",
         "with `atoll claim run NAME`.\n",
