@@ -53,9 +53,10 @@ def claims_page(found: list[dict[str, Any]]) -> str:
     lines = [
         GENERATED + "# Claims\n",
         "Each row is a comparison that was run: same data, same rounds (or virtual time), same seeds and, unless its",
-        "note says otherwise, as many tuning tries for every arm and an expectation from before the run. **Reproduced**: the direction holds",
-        "beyond seed noise (90 % interval of the paired differences). **Within noise**: no clear difference. **Not",
-        "reproduced at this scale**: said plainly. With a single seed: **as expected in one run**, or not. Repeat one",
+        "note says otherwise, as many tuning tries for every arm and an expectation from before the run.",
+        "**Reproduced**: the direction holds beyond seed noise (90 % interval of the paired differences). **Within",
+        "noise**: no clear difference. **Not reproduced at this scale**: said plainly. With a single seed: **as expected",
+        "in one run**, or not. Repeat one",
         "with `atoll claim run NAME`.\n",
         "| claim | expected | verdict |",
         "|---|---|---|",
