@@ -19,19 +19,25 @@ RECIPES = {
         "model": MLP, "method": {"name": "fedavg", "training": TRAINING},
         "secure": {"name": "secure_sum", "bits": 16, "clip": 0.5, "threshold": 0.6},
     },
+    "a running average that sites get in the end": {
+        "method": {"name": "distil_at_sites", "steps": 1, "batch": 8},
+        "task": {"name": "distilling", "samples": 20, "method": {"name": "cd_ct", "mode": "train"}},
+    },
     "predictions and models of each site's own": {
         "site_models": [MLP, {"name": "mlp", "hidden": [16]}], "method": {"name": "edgefd"},
     },
 }  # fmt: skip
 
 
-def test_a_deployment_gives_the_bits_and_the_ledger_of_an_inline_run(deployment, compare):
+def test_a_deployment_gives_the_bits_and_the_ledger_of_an_inline_run(deployment, compare, generator):
     d = deployment("lyon", "oslo")  # the same two site processes take part in one run after the other
-    (d.folder / "policy.yaml").write_text("kinds: [delta, low_rank, predictions, proxies]")
+    (d.folder / "policy.yaml").write_text(f"kinds: [delta, low_rank, predictions, proxies]\nfiles: [{generator}]")
     for site in d.names:
         d.site(site, "--policy", "policy.yaml")
     for number, recipe in enumerate(RECIPES.values()):
         recipe = {**BASE, **recipe, "name": "rehearsal"}
+        if "task" in recipe:
+            recipe["task"] = {**recipe["task"], "start": generator}
         out = f"run{number}"
         d.serve(recipe, out)
         d.finished()

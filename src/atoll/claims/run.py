@@ -186,6 +186,7 @@ def _measure(claim: Claim, recipe: Recipe | Making) -> dict[str, Any]:
                 curve.append((engine.state.round, engine.state.now, found[headline]))
                 if claim.metric == "time_to" and _reached(claim, found[headline], higher):
                     break
+        engine.conclude()
         part = {"worst_site": "test", "mean_sites": "test", "sites_on_common": "common"}.get(claim.metric)
         sites = [m[headline] for m in engine.evaluate_sites(part).values() if m] if part else []
     finally:

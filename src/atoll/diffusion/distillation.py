@@ -18,8 +18,8 @@ class Distillation(nn.Module):
     """The networks of a distillation by role. Frozen ones, such as the teacher, are known by agreement and stay where
     they are; the others and their buffers are what is learned.
 
-    No moving averages are kept, which single trainings need: the mean over sites evens out the same jitter in every
-    round. What a method asks of its student's average it then asks of the student.
+    No moving averages are kept here: they are linear in the weights, so that a server can keep that of all sites
+    (``average_rounds``). What a method asks of its student's average it asks of the student.
 
     Args:
         method: what is done with them.

@@ -105,12 +105,13 @@ class Engine:
         s.server = m.server.init(s.replica)
         self._broadcast(m.server.open(s.replica))
 
-    def _broadcast(self, broadcast: Broadcast) -> None:
-        """Move the replicas to the new broadcast and hand it to the workers."""
+    def _broadcast(self, broadcast: Broadcast, later: int = 0) -> None:
+        """Move the replicas to the new broadcast and hand it to the workers; ``later`` sets it apart from the one that
+        they may hold already since the last merge."""
         s, share = self.state, self.method.share
         common = replace(broadcast.common, parts=contiguous(broadcast.common.parts))
         broadcast = replace(broadcast, common=common)
-        s.broadcast, s.sent, s.server = broadcast, s.round, contiguous(s.server)
+        s.broadcast, s.sent, s.server = broadcast, s.round + later, contiguous(s.server)
         s.replica = share.receive(s.replica, broadcast.common)
         self._encode()
         s.site_replica = share.receive(s.site_replica, self.common) if self.method.downlink else s.replica
@@ -456,13 +457,20 @@ class Engine:
 
     def evaluate_global(self) -> dict[str, float]:
         """Metrics of the global model on the common test set; {} when sites keep private tensors (no global model)."""
-        worker = self.workers.local
+        worker, s = self.workers.local, self.state
         if worker.site_model(None).split.private or not len(self.setup.federation.test):
             return {}
-        worker.publish(self.state.replica)
+        worker.publish(self.method.server.result(s.replica, s.server))
         out: dict[str, float] = worker.evaluate(None, None)
-        worker.publish(self.state.site_replica)
+        worker.publish(s.site_replica)
         return out
+
+    def conclude(self) -> None:
+        """After the last merge: everybody gets what the run ends with, where that is not what they hold already."""
+        s = self.state
+        result = self.method.server.result(s.replica, s.server)
+        if result is not s.replica:
+            self._broadcast(Broadcast(self.method.share.snapshot(result)), later=1)
 
     def evaluate_sites(self, part: str = "test") -> dict[int, dict[str, float]]:
         """Metrics of every site's model on its own ``part``, or on the common test set (``"common"``)."""
@@ -554,6 +562,8 @@ def federate(
                 on_merge(engine, row)
             engine.commit()
             row.engine = engine
+            if r + 1 == rounds:
+                engine.conclude()
             yield row
     finally:
         engine.workers.close()

@@ -424,6 +424,12 @@ class ServerStep(Protocol):
         self, replica: Parts, state: Parts, combined: Message, context: MergeContext
     ) -> tuple[Broadcast, Parts]: ...
 
+    def result(self, replica: Parts, state: Parts) -> Parts:
+        """What the run would end with now: what is evaluated as the global model, saved, and in the end brought to the
+        sites. It may be better than what they go on from, such as an average over rounds; ``replica`` itself says that
+        there is nothing better. Sound where every broadcast is a whole model."""
+        return replica
+
 
 class Select(Protocol):
     """Who takes part in a round. A function of (round, sites, seed) alone, so that a plan can foresee it.

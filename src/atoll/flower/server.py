@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from atoll.core.errors import AtollError, RunError, SiteFailed
@@ -101,6 +101,13 @@ class MethodStrategy(Strategy):
         self.limits = Limits(max_bytes=reply_limit)
         self.rows: list[Row] = []
         self.engine: Engine | None = None
+        self._last = 0
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *more: Any, **named: Any) -> Result:
+        """Flower's loop. After the last round sites are brought what the run ends with, where that is not what the
+        round ended with."""
+        self._last = num_rounds
+        return super().start(grid, initial_arrays, num_rounds, *more, **named)
 
     def initial_arrays(self) -> ArrayRecord:
         """The weights that the task builds from the seed, for ``start``."""
@@ -140,6 +147,8 @@ class MethodStrategy(Strategy):
         self._workers.over()
         row = self._step.result()
         self.engine.commit()
+        if server_round == self._last:
+            self.engine.conclude()
         for site in self._workers.lacking:
             self.engine.state.seen.pop(site, None)  # it gets all that it may lack when it is asked again
         self._workers.lacking.clear()
@@ -251,7 +260,8 @@ class MethodStrategy(Strategy):
     def _global(self) -> ArrayRecord | None:
         """The global model, without what stays at the sites."""
         assert self.engine is not None
-        at, replica = self._workers.local.site_model(None), self.engine.state.replica
+        at, s = self._workers.local.site_model(None), self.engine.state
+        replica = self.setup.method.server.result(s.replica, s.server)
         model = copy.deepcopy(at.model)  # an export may change the model for good
         tensors = named_tensors(self.setup.method.share.export(model, replica))
         found = {n: t for n, t in tensors.items() if n not in at.split.private}

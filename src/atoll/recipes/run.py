@@ -181,6 +181,7 @@ class Run:
         }  # fmt: skip
 
     def _finish(self, engine: Engine, seconds: float) -> dict[str, Any]:
+        engine.conclude()
         sites = engine.evaluate_sites()
         self._append({"event": "sites", "metrics": {str(s): m for s, m in sites.items()}})
         totals, refused, last = (

@@ -43,7 +43,7 @@ def test_one_site_is_a_training_in_one_place(
 ) -> None:
     """To the bit: the same steps on the same draws, role by role, step sizes and cooldown, and what Adam remembers."""
     federation, task = only(digits_federation, 0), Distilling(digits.info, start=generator, method=METHOD, samples=20)
-    made = distil_at_sites(steps=2, batch=16, cooldown=0.5, moments=moments)
+    made = distil_at_sites(steps=2, batch=16, cooldown=0.5, moments=moments, average=0)
     made = made.but(combine=WeightedMean(by="uniform"))
     rows = list(federate(task=task, federation=federation, method=made, rounds=2, seed=3))
 

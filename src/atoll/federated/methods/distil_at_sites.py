@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from atoll.core.card import Card, Cite
 from atoll.federated.local.distil_steps import DistilSteps
 from atoll.federated.method import Method, method
 from atoll.federated.server.apply import Apply
+from atoll.federated.server.average_rounds import AverageRounds
 from atoll.federated.share.learned import Learned
 
 CARD = Card(
@@ -48,6 +49,7 @@ def distil_at_sites(
     precision: Literal["float32", "bf16"] = "float32",
     moments: Literal["kept", "fresh"] = "kept",
     server_lr: Annotated[float, Gt(0)] = 1.0,
+    average: Annotated[float, Ge(0), Lt(1)] = 0.9,
 ) -> Method:
     """The task says how the student is made, and step sizes are that method's own.
 
@@ -59,8 +61,11 @@ def distil_at_sites(
         precision: ``bf16`` computes the networks in bfloat16.
         moments: of Adam are ``kept`` at the site from visit to visit, or start ``fresh``.
         server_lr: 1 takes the mean of the sites' networks as it is.
+        average: the run ends with a running average of the rounds' networks that keeps this share of itself in each; 0
+            ends with the last round's. What a single training averages over steps is averaged by the server here.
     """
     local = DistilSteps(
         steps=steps, batch=batch, rounds=rounds, cooldown=cooldown, precision=precision, moments=moments
     )  # fmt: skip
-    return Method(share=Learned(), local=local, server=Apply(server_lr))
+    server = AverageRounds(average, server_lr) if average else Apply(server_lr)
+    return Method(share=Learned(), local=local, server=server)
