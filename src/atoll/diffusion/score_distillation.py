@@ -42,7 +42,8 @@ class ScoreDistillation(Distiller):
         fake_drop: fraction of the conditions that are hidden while it learns.
         critic_steps: updates of the fake score per update of the generator.
         lr, critic_lr: of the two Adam optimisers.
-        ema: decay of the generator's average, which is what is kept in the end.
+        ema: decay of the generator's average, which is what is kept in the end. With an adversary much depends on it:
+            the weights themselves circle.
         adversary: a discriminator beside the scores; it needs real images.
     """
 
@@ -58,7 +59,7 @@ class ScoreDistillation(Distiller):
     critic_steps: Annotated[int, Ge(1)] = 1
     lr: Annotated[float, Gt(0)] = 1e-4
     critic_lr: Annotated[float, Gt(0)] = 3e-4
-    ema: Annotated[float, Ge(0), Le(1)] = 0.97
+    ema: Annotated[float, Ge(0), Le(1)] = 0.995
     adversary: Adversary | None = None
     margin: ClassVar[float] = 0.02
     """Rectified-flow time that a re-noised point is at least above its anchor."""
