@@ -8,7 +8,7 @@ import torch
 
 from atoll.core.message import Limits, Message, decode, encode
 from atoll.federated import checkpoint
-from atoll.federated.engine import Flight, RunState
+from atoll.federated.run_state import Flight, RunState
 from atoll.federated.states import FileStates
 from atoll.federated.visit import Outcome
 

@@ -38,9 +38,9 @@ def test_the_broadcast_has_the_same_bits_however_long_ago_it_was_made(digits_tas
     for _ in range(merges):
         before.step()
     after = Engine(setup, Inline().open(setup), before.state)
-    assert equal(before.common.parts["weights"], after.common.parts["weights"])
-    assert equal(after.common.parts["weights"], after.state.site_replica["weights"])
-    assert before.down_bytes == after.down_bytes
+    assert equal(before.broadcasts.common.parts["weights"], after.broadcasts.common.parts["weights"])
+    assert equal(after.broadcasts.common.parts["weights"], after.state.site_replica["weights"])
+    assert before.broadcasts.bytes == after.broadcasts.bytes
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def test_every_byte_of_the_phases_is_in_the_ledger_and_the_plan(setup):
     rows = [engine.step() for _ in range(3)]
     for way, counted in (("up", [r.up_bytes for r in rows]), ("down", [r.down_bytes for r in rows])):
         sent = sum(len(encode(m)) for direction, _, m in flaky.seen if direction == way)
-        broadcasts = 15 * engine.down_bytes if way == "down" else 0
+        broadcasts = 15 * engine.broadcasts.bytes if way == "down" else 0
         assert sum(sum(c.values()) for c in counted) == sent + broadcasts
     foreseen = make_plan(setup, 3)
     assert foreseen.exact

@@ -11,8 +11,8 @@ from atoll.core.errors import MessageError, RunError
 from atoll.core.files import write_atomic
 from atoll.core.message import NO_LIMITS, Message, decode, encode, seal, unseal
 from atoll.core.tree import Parts, Tree
-from atoll.federated.engine import Flight, RunState
 from atoll.federated.method import Broadcast
+from atoll.federated.run_state import Flight, RunState
 from atoll.federated.visit import Outcome
 
 NAME = "current.safetensors"

@@ -11,67 +11,25 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from atoll.core.errors import AtollError, BadReply, RunError
 from atoll.core.message import Message, detach, encoded_size
 from atoll.core.streams import numpy_stream
-from atoll.core.tree import Parts, contiguous, moved
+from atoll.core.tree import moved
+from atoll.federated.broadcasts import Broadcasts
 from atoll.federated.check import check_method
 from atoll.federated.devices import Devices
 from atoll.federated.ledger import Row
-from atoll.federated.method import Broadcast, CodecContext, DeviceProfile, MergeContext, Method, Reply, SiteInfo
+from atoll.federated.method import Broadcast, DeviceProfile, MergeContext, Method, Reply, SiteInfo
+from atoll.federated.run_state import Flight, RunState, on_device
 from atoll.federated.secure.cohort import CHANNEL, COHORT, SESSION
 from atoll.federated.secure.server import SecureRound, channel_key
 from atoll.federated.select.uniform import available
-from atoll.federated.visit import Job, Outcome, Publication, Setup, decode_chain, encode_chain
+from atoll.federated.visit import Job, Outcome, Setup, decode_chain
 
 DEFAULT_REPLY_LIMIT = 4 << 30
-
-
-@dataclass(slots=True)
-class Flight:
-    """A visit that has started. ``finish`` is virtual time; a lower bound until the outcome is known."""
-
-    site: int
-    round: int
-    repeat: int
-    started: float
-    finish: float
-    down_bytes: int
-    up_bytes: int = 0
-    ticket: int = -1
-    outcome: Outcome | None = None
-    reply: Message | None = None  # decoded, when the flight outlived its buffer
-
-
-@dataclass(slots=True)
-class RunState:
-    """All that a resumed run needs. ``round`` counts merges; the current broadcast has the same number."""
-
-    round: int = 0
-    now: float = 0.0
-    starts: int = 0
-    replica: Parts = field(default_factory=dict)
-    site_replica: Parts = field(default_factory=dict)
-    server: Parts = field(default_factory=dict)
-    broadcast: Broadcast = field(default_factory=lambda: Broadcast(Message("none")))
-    seen: dict[int, int] = field(default_factory=dict)
-    """The last broadcast that each site received."""
-    tags: dict[int, str] = field(default_factory=dict)
-    """The committed state of each site."""
-    visits: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """(round, repeats) of each site's last start: names its random streams."""
-    history: list[tuple[int, int]] = field(default_factory=list)
-    """(round, bytes) of broadcasts that a site that missed them would still need."""
-    sent: int = 0
-    """The round in which the current broadcast was made: names its codecs' random streams."""
-    flights: dict[int, Flight] = field(default_factory=dict)
-    cohorts: list[tuple[int, int, bool]] = field(default_factory=list)
-    """Of each merge, for the privacy accountant: accepted replies, sites asked, drawn by ``select`` from all sites."""
-    channels: dict[int, bytes] = field(default_factory=dict)
-    """Long-term public keys of sites, for secure sums."""
 
 
 class Engine:
@@ -87,14 +45,14 @@ class Engine:
         self.row = Row(0)
         self._sum: SecureRound | None = None
         self._session = secrets.token_hex(SESSION // 2)
+        self.state = RunState() if state is None else on_device(state, setup.device)
+        self.broadcasts = Broadcasts(setup, workers, self.state)
         if state is None:
-            self.state = RunState()
             self._open()
         else:
-            self.state = _on(state, setup.device)
-            flying = ((f.site, f.outcome.state_tag) for f in state.flights.values() if f.outcome is not None)
-            workers.local.states.sweep({*state.tags.items(), *((s, tag) for s, tag in flying if tag)})
-            self._publish()
+            flying = ((f.site, f.outcome.state_tag) for f in self.state.flights.values() if f.outcome is not None)
+            workers.local.states.sweep({*self.state.tags.items(), *((s, tag) for s, tag in flying if tag)})
+            self.broadcasts.again()
 
     # ---------------------------------------------------------------- rounds
 
@@ -103,69 +61,14 @@ class Engine:
         at = self.workers.local.site_model(None)
         s.replica = s.site_replica = m.share.initial(at.model)
         s.server = m.server.init(s.replica)
-        self._broadcast(m.server.open(s.replica))
-
-    def _broadcast(self, broadcast: Broadcast, later: int = 0) -> None:
-        """Move the replicas to the new broadcast and hand it to the workers; ``later`` sets it apart from the one that
-        they may hold already since the last merge."""
-        s, share = self.state, self.method.share
-        common = replace(broadcast.common, parts=contiguous(broadcast.common.parts))
-        broadcast = replace(broadcast, common=common)
-        s.broadcast, s.sent, s.server = broadcast, s.round + later, contiguous(s.server)
-        s.replica = share.receive(s.replica, broadcast.common)
-        self._encode()
-        s.site_replica = share.receive(s.site_replica, self.common) if self.method.downlink else s.replica
-        if share.incremental:
-            self._remember(self.down_bytes)
-        self._hand_over()
-
-    def _publish(self) -> None:
-        """After a resume: the same hand-over, without moving the replicas again."""
-        self._encode()
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        self.workers.publish(Publication(self.state.sent, self.state.site_replica, self.encoded))
-
-    def _encode(self) -> None:
-        """What the current broadcast is on arrival, and its size."""
-        s, codecs = self.state, self.method.downlink
-        self.common = self.encoded = s.broadcast.common
-        if codecs:
-            context = CodecContext(self.setup.seed, s.sent, -1)
-            self.encoded, _ = encode_chain(codecs, self.common, [{} for _ in codecs], context)
-            self.common = decode_chain(codecs, self.encoded)
-        self.down_bytes = encoded_size(self.encoded)
-
-    def _remember(self, size: int) -> None:
-        """Keep the sizes of broadcasts that a late site would need, as long as replaying them is the cheaper way."""
-        s = self.state
-        s.history.append((s.round, size))
-        whole = encoded_size(self.method.share.snapshot(s.site_replica))
-        while len(s.history) > 1 and sum(b for _, b in s.history) > whole:
-            s.history.pop(0)
-        self.snapshot_bytes = whole
-
-    def download(self, site: int) -> tuple[int, tuple[int, ...] | None]:
-        """Exact bytes that a site must receive to be at the current broadcast, and which broadcasts these are (None:
-        a snapshot)."""
-        s = self.state
-        own = s.broadcast.per_site.get(site)
-        extra = encoded_size(own) if own is not None else 0
-        if not self.method.share.incremental:
-            return (self.down_bytes, (s.sent,)) if own is None else (extra, ())
-        seen = s.seen.get(site, -1)
-        if s.history and s.history[0][0] <= seen + 1:
-            missing = [(r, b) for r, b in s.history if r > seen and b]
-            return extra + sum(b for _, b in missing), tuple(r for r, _ in missing)
-        return extra + encoded_size(self.method.share.snapshot(s.site_replica)), None
+        self.broadcasts.move(m.server.open(s.replica))
 
     def step(self) -> Row:
         """One merge: collect replies, combine, let the server act, broadcast."""
         s, m = self.state, self.method
         started = time.perf_counter()
         self.row, self._sum = Row(s.round), None
-        self.row.relayed_bytes = self.down_bytes * m.topology.relays(len(self.sites))
+        self.row.relayed_bytes = self.broadcasts.bytes * m.topology.relays(len(self.sites))
         drawn = not s.broadcast.everyone and not self._asked() and all(i.profile.availability >= 1 for i in self.sites)
         replies = _Counted(m.schedule.collect(self))
         context, tags = self.context(), dict(s.tags)
@@ -194,9 +97,9 @@ class Engine:
         s.round += 1
         s.cohorts.append((replies.count, len(self.row.down_bytes), drawn))
         if first is not None:
-            self._broadcast(broadcast)
-        elif m.share.incremental:
-            s.history.append((s.round, 0))
+            self.broadcasts.move(broadcast)
+        else:
+            self.broadcasts.stay()
         self.row.replies, self.row.time = replies.count, s.now
         self.row.seconds = time.perf_counter() - started
         return self.row
@@ -274,7 +177,7 @@ class Engine:
             repeat = repeat + 1 if last_round == s.round else 0
             s.visits[site] = (s.round, repeat)
             s.starts += 1
-            down, missing = self.download(site)
+            down, missing = self.broadcasts.download(site)
             told = self._sum.told(site) if self._sum is not None else None
             if told is not None:
                 down += encoded_size(told.message(COHORT))
@@ -470,23 +373,13 @@ class Engine:
         s = self.state
         result = self.method.server.result(s.replica, s.server)
         if result is not s.replica:
-            self._broadcast(Broadcast(self.method.share.snapshot(result)), later=1)
+            self.broadcasts.move(Broadcast(self.method.share.snapshot(result)), later=1)
 
     def evaluate_sites(self, part: str = "test") -> dict[int, dict[str, float]]:
         """Metrics of every site's model on its own ``part``, or on the common test set (``"common"``)."""
         tags = self.state.tags
         out = self.workers.evaluate([(i.site, tags.get(i.site)) for i in self.sites], part)
         return {i.site: metrics for i, metrics in zip(self.sites, out, strict=True)}
-
-
-def _on(state: RunState, device: str) -> RunState:
-    """A state that was read from a file, with its tensors where the workers compute."""
-    if device != "cpu":
-        state.replica, state.site_replica = moved(state.replica, device), moved(state.site_replica, device)
-        state.server = moved(state.server, device)
-        common = state.broadcast.common
-        state.broadcast = replace(state.broadcast, common=replace(common, parts=moved(common.parts, device)))
-    return state
 
 
 class _Counted:
