@@ -50,8 +50,9 @@ from atoll.federated.backends.inline import InlineWorkers
 from atoll.federated.dispatch import Dispatch
 from atoll.federated.engine import Engine, open_engine
 from atoll.federated.records import from_records, to_records
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
 from atoll.federated.wire import Delivery, pack, pack_outcome, unpack, unpack_outcome
+from atoll.federated.worker import Worker
 from atoll.privacy.accounting import Event, Sampling
 from atoll.recipes.recipe import read_recipe
 

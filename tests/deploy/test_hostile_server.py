@@ -32,7 +32,8 @@ from atoll.deploy.workers import NoStates
 from atoll.federated.dispatch import Dispatch
 from atoll.federated.ledger import Row
 from atoll.federated.records import from_records, to_records
-from atoll.federated.visit import Job, Publication, Worker
+from atoll.federated.visit import Job, Publication
+from atoll.federated.worker import Worker
 from atoll.recipes.recipe import read_recipe
 
 SITES = 3

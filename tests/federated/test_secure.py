@@ -52,8 +52,9 @@ from atoll.federated.secure.site import SecureSite, summand
 from atoll.federated.secure.vault import FileVault, SimulatedVault, Used
 from atoll.federated.select.uniform import Uniform
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Setup
 from atoll.federated.wire import pack, unpack
+from atoll.federated.worker import Worker
 from atoll.models.logistic import Logistic
 from atoll.privacy.secure_sum import word
 from atoll.recipes.plan import make_plan

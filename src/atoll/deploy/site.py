@@ -27,8 +27,9 @@ from atoll.federated.dispatch import failed
 from atoll.federated.remote import RemoteSite
 from atoll.federated.secure.vault import FileVault
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Setup, Worker
+from atoll.federated.visit import Setup
 from atoll.federated.wire import EVALUATE, OUTCOME, VISIT, Request, unpack
+from atoll.federated.worker import Worker
 from atoll.recipes.recipe import PATHS, Recipe, read_recipe, read_yaml
 from atoll.recipes.run import export_model
 

@@ -19,7 +19,8 @@ from atoll.core.message import Message
 from atoll.deploy.link import SIDE, LinkLost, Lost, NodeState, side_by_side
 from atoll.deploy.site import FINISH
 from atoll.federated.dispatch import FAILED, Dispatch
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 
 SOON, LATER = 0.02, 0.25  # seconds between looks for answers: more as the wait grows, so that it costs no more than 10%
 NODES = 1.0  # seconds between looks for nodes

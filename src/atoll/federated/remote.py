@@ -1,7 +1,7 @@
 """One site's end of the wire: it keeps its own replica and its own state, and answers requests.
 
 The bits are those of every other backend: broadcasts go through the same ``share.receive``, visits through the same
-:class:`~atoll.federated.visit.Worker`.
+:class:`~atoll.federated.worker.Worker`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from atoll.core.files import write_atomic
 from atoll.core.message import NO_LIMITS, Message, decode, detach, encode, seal, unseal
 from atoll.core.tree import Parts
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Worker, decode_chain
+from atoll.federated.visit import decode_chain
 from atoll.federated.wire import EVALUATE, LACKS, VISIT, Delivery, Request, hexed, pack_outcome, unpack
+from atoll.federated.worker import Worker
 
 
 class RemoteSite:

@@ -24,8 +24,9 @@ from atoll.federated.method import DeviceProfile, Method
 from atoll.federated.records import from_records, to_records
 from atoll.federated.remote import RemoteSite
 from atoll.federated.states import MemoryStates
-from atoll.federated.visit import Setup, Worker
+from atoll.federated.visit import Setup
 from atoll.federated.wire import unpack
+from atoll.federated.worker import Worker
 from atoll.flower.records import HELLO, seed_of
 
 Numbers = dict[str, int | float | list[int] | list[float]]

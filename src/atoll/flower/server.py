@@ -33,7 +33,8 @@ from atoll.federated.ledger import Row
 from atoll.federated.method import DeviceProfile, Method
 from atoll.federated.records import from_records, to_records
 from atoll.federated.states import MemoryStates
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 from atoll.flower.records import HELLO, with_seed
 
 Numbers = dict[str, int | float | list[int] | list[float]]

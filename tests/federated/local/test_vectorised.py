@@ -23,7 +23,7 @@ from atoll.federated.method import Split
 from atoll.federated.methods.fedavg import fedavg
 from atoll.federated.methods.fedprox import fedprox
 from atoll.federated.share.parameters import Parameters
-from atoll.federated.visit import Worker
+from atoll.federated.worker import Worker
 from atoll.models.mlp import MLP
 from atoll.tasks.classification import Classification
 

@@ -24,7 +24,8 @@ from atoll.data.dataset import Dataset, Info
 from atoll.federated.backends.inline import answer
 from atoll.federated.backends.process_pool import _evaluate
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Setup
+from atoll.federated.worker import Worker
 
 SMALL = 4096  # bytes: smaller arrays travel within the pickle, where they cost less than an entry of their own
 

@@ -27,8 +27,9 @@ from atoll.federated.dispatch import failed
 from atoll.federated.records import from_records, to_records
 from atoll.federated.remote import RemoteSite
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Setup, Worker
+from atoll.federated.visit import Setup
 from atoll.federated.wire import VISIT, Delivery
+from atoll.federated.worker import Worker
 
 GRACE = 2.0  # seconds beyond the time limit before a process that does not stop by itself is ended
 

@@ -25,7 +25,8 @@ from atoll.federated.dispatch import FAILED, Dispatch
 from atoll.federated.method import Backend
 from atoll.federated.records import from_records, to_records
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 
 if TYPE_CHECKING:
     from flwr.app import Message as FlowerMessage

@@ -12,7 +12,8 @@ from atoll.core.errors import AtollError
 from atoll.core.message import Message
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates, MemoryStates
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 
 
 @dataclass(frozen=True)

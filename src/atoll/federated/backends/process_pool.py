@@ -32,7 +32,8 @@ from atoll.core.tree import Parts
 from atoll.federated.backends.inline import answer
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 
 SHORT = 0.05  # seconds: a worker gets its next visit ahead of time only if visits are shorter, or it would idle while
 # we merge; longer ones wait for whoever is free first, which balances better

@@ -35,7 +35,8 @@ from atoll.federated.backends._ray_crew import Crew, Seat
 from atoll.federated.backends.process_pool import GRACE, SHORT
 from atoll.federated.method import Backend
 from atoll.federated.states import FileStates
-from atoll.federated.visit import Job, Outcome, Publication, Setup, Worker
+from atoll.federated.visit import Job, Outcome, Publication, Setup
+from atoll.federated.worker import Worker
 
 START_LIMIT = 300.0  # seconds without a single actor, before we say that the cluster has no room
 SPREAD = 4  # calls that each actor should still get while several visits go into one: the last ones even things out
