@@ -42,7 +42,8 @@ from atoll.core.message import Limits, Message, decode, encode
 from atoll.data.agreement import agree, read_summary
 from atoll.deploy.guard import make_guard
 from atoll.deploy.link import Lost, ServerEnd, _Arriving
-from atoll.deploy.policy import Meter, Policy
+from atoll.deploy.meter import Meter
+from atoll.deploy.policy import Policy
 from atoll.deploy.site import BEGIN, FINISH, FIRST, HELLO, SECOND, Place, SiteProgram, setup_of
 from atoll.deploy.superlink import TOKEN_HEADER, Door
 from atoll.deploy.workers import NoStates
@@ -546,7 +547,7 @@ def targets(folder: Path) -> list[Target]:
         Target("rounds with a stranger in them (`dispatch.outcome`, `Engine.step`)", 0.05, landing.feed),
         Target("a site's program (`SiteProgram.answer`)", 0.05, site.feed),
         Target("the SuperLink's door (`Door`)", 0.07, feed_door),
-        Target("a site's book (`policy.Meter`)", 0.05, book.feed),
+        Target("a site's book (`meter.Meter`)", 0.05, book.feed),
     ]
 
 

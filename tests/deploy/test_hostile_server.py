@@ -24,7 +24,8 @@ from atoll.core.message import Limits, Message, decode, encode
 from atoll.data.agreement import agree, read_summary
 from atoll.deploy.guard import make_guard
 from atoll.deploy.link import LinkLost
-from atoll.deploy.policy import Meter, Policy
+from atoll.deploy.meter import Meter
+from atoll.deploy.policy import Policy
 from atoll.deploy.site import BEGIN, FINISH, FIRST, HELLO, SECOND, Place, SiteProgram, setup_of, stand_in
 from atoll.deploy.site_link import Taken
 from atoll.deploy.superlink import Door

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from atoll.core.errors import RecipeError, RunError
 from atoll.data.dataset import Info
+from atoll.deploy.meter import Day, Meter
 from atoll.deploy.policy import (
-    Day,
-    Meter,
     Policy,
     cohort_refusal,
     columns_read,

@@ -14,7 +14,8 @@ from atoll.core.imports import trust
 from atoll.core.message import Message
 from atoll.data.dataset import SiteData
 from atoll.deploy import policy as rules
-from atoll.deploy.policy import Meter, Policy, read_policy
+from atoll.deploy.meter import Meter
+from atoll.deploy.policy import Policy, read_policy
 from atoll.federated.method import Method
 from atoll.recipes.recipe import Recipe, recipe_config
 
