@@ -22,8 +22,8 @@ class AverageRounds(ServerStep):
     """weights += lr * delta; average += (1 - d) * (weights - average), and the run ends with the average.
 
     Args:
-        decay: d, of a round. At first it is t / (t + 3) if that is less, t the number of merges: the average forgets
-            where it began.
+        decay: d, of a round. At first it is t / (t + 3) if that is less, t the number of merges before: the weights
+            that the run began with have no share.
         lr: the server's step size; 1 takes the mean of the sites' models as it is.
     """
 
@@ -35,8 +35,7 @@ class AverageRounds(ServerStep):
 
     def step(self, replica: Parts, state: Parts, combined: Message, context: MergeContext) -> tuple[Broadcast, Parts]:
         weights = add(replica["weights"], combined.parts.get("delta", {}), alpha=self.lr)
-        done = context.round + 1
-        decay = min(self.decay, done / (done + 3))
+        decay = min(self.decay, context.round / (context.round + 3))
         average = clone(state["average"])
         scale_(average, decay)
         add_(average, weights, alpha=1 - decay)
