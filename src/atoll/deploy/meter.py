@@ -61,7 +61,8 @@ class Meter:
 
         Args:
             size: bytes on the wire.
-            event: of :func:`~atoll.deploy.policy.participation`; None for what is no reply to a visit, or was sent before.
+            event: of :func:`~atoll.deploy.policy.participation`; None for what is no reply to a visit, or was sent
+                before.
             about: for people who read the book.
 
         Raises:

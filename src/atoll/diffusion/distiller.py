@@ -201,6 +201,8 @@ class Distiller(Protocol):
     needs: ClassVar[Needs] = "nothing"
     few: ClassVar[tuple[int, ...]] = (1,)
     """Numbers of calls per sample that its students are made for."""
+    parts: ClassVar[int] = 1
+    """That every batch is divided into."""
 
     def material(self, teacher: Denoiser, work: Work) -> dict[str, Tensor]:
         """What is made once, before training: pairs or trajectories of the teacher. Kept on disk."""

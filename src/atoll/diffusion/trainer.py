@@ -77,6 +77,11 @@ class Trainer:
                 f"{type(self.method).__name__} trains on real images, which a server does not have; let sites run it, "
                 "or give it public or generated rows."
             )
+        if self.work.batch < self.method.parts:
+            raise AtollError(
+                f"{type(self.method).__name__} divides every batch into {self.method.parts} parts; a batch of "
+                f"{self.work.batch} is too small."
+            )
         self.teacher.to(self.work.device).eval().requires_grad_(False)
         if not self.roles:
             with seeded(self.work.seed, "distil", "weights"):

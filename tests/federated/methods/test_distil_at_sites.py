@@ -19,6 +19,7 @@ from atoll.diffusion.distiller import Conditions, Distiller, Draw, Images, Nets,
 from atoll.diffusion.gan_heads import Adversary
 from atoll.diffusion.methods.cd_ct import CdCt
 from atoll.diffusion.methods.dmd import DMD
+from atoll.diffusion.methods.twinflow import TwinFlow
 from atoll.diffusion.trainer import Trainer
 from atoll.federated.combine.weighted_mean import WeightedMean
 from atoll.federated.engine import federate
@@ -147,3 +148,12 @@ def test_operations_are_those_of_a_training(digits: Dataset, digits_federation: 
     work = Work(digits.info.shape, Conditions.classes(10), Images(digits), batch=16)
     each = Trainer(METHOD, load_denoiser(generator), work, 2).flops_per_step()
     assert row.flops[0] == pytest.approx(3 * each, rel=1e-3)
+
+
+def test_a_batch_that_the_method_cannot_divide_is_no_reply(
+    digits: Dataset, digits_federation: Federation, generator: str
+) -> None:
+    task = Distilling(digits.info, start=generator, method=TwinFlow(), samples=20)
+    made = distil_at_sites(steps=1, batch=3)
+    (row,) = federate(task=task, federation=only(digits_federation, 0), method=made, rounds=1)
+    assert "a batch of 3 is too small" in row.refused[0]
