@@ -8,7 +8,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atoll.core.errors import MessageError
@@ -161,6 +161,8 @@ def test_the_order_of_parts_and_tensors_survives():
 
 @settings(max_examples=60, deadline=None)
 @given(messages())
+@example(Message("0", {}, {"a": 1, "crc32": None, "b": 2}))
+@example(Message("0", {}, {"crc32": [1, 2]}))
 def test_a_sealed_message_opens_and_a_changed_one_does_not(message):
     sealed = decode(encode(seal(message)))
     assert unseal(sealed).facts == dict(message.facts)
