@@ -27,7 +27,7 @@ from atoll.recipes.recipe import load_recipe
 from atoll.recipes.run import start
 
 ATOLL = [sys.executable, "-c", "from atoll.cli import main; main()"]
-PATIENCE = 300.0
+PATIENCE = 300.0  # seconds that anything here may take on a busy machine
 
 
 class Deployment:
