@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ def test_it_is_the_running_average(decay: float, lr: float, rounds: int) -> None
     """In double precision; the first round has nothing but itself to average."""
     server, g = AverageRounds(decay, lr), torch.Generator().manual_seed(rounds)
     replica = {"weights": {"w": torch.randn(5, generator=g, dtype=torch.float64)}}
-    state, by_hand = server.init(replica), replica["weights"]["w"].clone()
+    state, by_hand = server.init(replica), torch.zeros(5, dtype=torch.float64)
+    assert server.result(replica, state) is replica
     for r in range(rounds):
         delta = torch.randn(5, generator=g, dtype=torch.float64)
-        before, kept = clone(replica["weights"]), clone(state["average"])
+        before, kept = clone(replica["weights"]), clone(state.get("average", {}))
         context = MergeContext(r, replica, 2, 0, None, None)
         broadcast, after = server.step(replica, state, Message("delta", {"delta": {"w": delta}}), context)
         assert equal(before, replica["weights"])  # checkpoints still refer to them
-        assert equal(kept, state["average"])
+        assert equal(kept, state.get("average", {}))
         replica, state = {"weights": broadcast.common.parts["weights"]}, after
         assert torch.allclose(replica["weights"]["w"], before["w"] + lr * delta)
         share = min(decay, r / (r + 3))
@@ -64,18 +66,31 @@ def test_the_run_ends_with_it(run: Callable[..., Any]) -> None:
     assert {m["accuracy"] for m in rows[-1].engine.evaluate_sites("common").values()} == {rows[-1].metrics["accuracy"]}
 
 
-class FailsLate(AverageRounds):
+@dataclass(frozen=True)
+class Fails(AverageRounds):
+    rounds: tuple[int, ...] = ()
+
     def step(self, replica: Parts, state: Parts, combined: Message, context: MergeContext) -> tuple[Broadcast, Parts]:
-        if context.round == 2:
+        if context.round in self.rounds:
             raise AtollError("no")
         return super().step(replica, state, combined, context)
 
 
 def test_a_last_round_that_fails_still_ends_with_it(run: Callable[..., Any]) -> None:
-    rows = run(fedavg().but(server=FailsLate(0.5)), rounds=3)
+    rows = run(fedavg().but(server=Fails(0.5, rounds=(2,))), rounds=3)
     assert rows[-1].notes == ["merge skipped: no"]
     state = rows[-1].engine.state
     assert equal(state.replica["weights"], state.server["average"])
+
+
+def test_weights_that_nobody_trained_have_no_share(run: Callable[..., Any]) -> None:
+    """Also where the first merges fail: the only merge is the average."""
+    seen: list[Weights] = []
+    method = fedavg().but(server=Fails(0.9, rounds=(0, 1)))
+    rows = run(method, rounds=3, on_merge=lambda e, _: seen.append(clone(e.state.replica["weights"])))
+    after = rows[-1].engine.state.replica["weights"]
+    assert not equal(seen[-2], seen[-1])
+    assert all(torch.allclose(after[n], t, atol=1e-6) for n, t in seen[-1].items())
 
 
 def test_it_survives_a_checkpoint(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -22,24 +22,21 @@ class AverageRounds(ServerStep):
     """weights += lr * delta; average += (1 - d) * (weights - average), and the run ends with the average.
 
     Args:
-        decay: d, of a round. At first it is t / (t + 3) if that is less, t the number of merges before: the weights
-            that the run began with have no share.
+        decay: d, of a round. In round t it is t / (t + 3) if that is less. The average begins with the first merge: the
+            weights that the run began with have no share.
         lr: the server's step size; 1 takes the mean of the sites' models as it is.
     """
 
     decay: Annotated[float, Gt(0), Lt(1)] = 0.9
     lr: Annotated[float, Gt(0)] = 1.0
 
-    def init(self, replica: Parts) -> Parts:
-        return {"average": clone(replica["weights"])}
-
     def step(self, replica: Parts, state: Parts, combined: Message, context: MergeContext) -> tuple[Broadcast, Parts]:
         weights = add(replica["weights"], combined.parts.get("delta", {}), alpha=self.lr)
         decay = min(self.decay, context.round / (context.round + 3))
-        average = clone(state["average"])
+        average = clone(state["average"] if state else weights)
         scale_(average, decay)
         add_(average, weights, alpha=1 - decay)
         return Broadcast(Message("weights", {"weights": weights})), {"average": average}
 
     def result(self, replica: Parts, state: Parts) -> Parts:
-        return {**replica, "weights": state["average"]}
+        return {**replica, "weights": state["average"]} if state else replica
